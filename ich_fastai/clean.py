@@ -19,7 +19,7 @@ from .core import WINDOWS, in_order, write_whole
 from .dicom import HU_MAX, HU_MIN, hu, window_lut
 from .metadata import MIN_BRAIN, read_metadata
 
-# %% ../nbs/13_clean.ipynb #bc7e97d0
+# %% ../nbs/13_clean.ipynb #7274f95a
 def _gauss1d(sigma):
     "fastai's kernel: int(sigma/4)*2 + 1 taps, so about half a sigma wide"
     half = int(sigma/4)
@@ -53,11 +53,11 @@ def head_box(
     mask, block = head_mask(image)
     if not mask.any(): mask[:] = True
     bounds = [(ix[0]*block, min((ix[-1]+1)*block, n)) for ix, n in zip((np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))), image.shape)]
-    side = max(hi - lo for lo, hi in bounds)
+    side = max(min(image.shape)//2, *(hi - lo for lo, hi in bounds))
     def start(lo, hi, n): return min(max((lo + hi - side)//2, 0), n - side) if side <= n else (n - side)//2
     return *(start(lo, hi, n) for (lo, hi), n in zip(bounds, image.shape)), side
 
-# %% ../nbs/13_clean.ipynb #e710d5d9
+# %% ../nbs/13_clean.ipynb #c13e02ef
 def crop(
     image:np.ndarray, # HU [rows, columns]
     box:tuple, # (top, left, side), from `head_box`
@@ -70,13 +70,21 @@ def crop(
     out[y0-top:y0-top+part.shape[0], x0-left:x0-left+part.shape[1]] = np.clip(part, HU_MIN, HU_MAX)
     return out
 
+def _area_means(image, size):
+    "Means of rows over `size` equal spans, by running sums"
+    n = len(image)
+    edges = np.arange(size+1)*(n/size)
+    row = np.minimum(edges.astype(int), n-1)
+    sums = np.concatenate([np.zeros((1, image.shape[1])), np.cumsum(image, 0, dtype=np.float64)])
+    return np.diff(sums[row] + (edges - row)[:, None]*image[row], axis=0)*(size/n)
+
 def resize(
     image:np.ndarray, # HU [n, n]
     size:int, # Pixels
-)->np.ndarray: # float32 HU [size, size]
+)->np.ndarray: # float HU [size, size]
     "Means over the area of each new pixel; bilinear where the image is smaller than `size`"
-    how = Image.BOX if image.shape[0] >= size else Image.BILINEAR
-    return np.asarray(Image.fromarray(image.astype(np.float32)).resize((size, size), how))
+    if len(image) < size: return np.asarray(Image.fromarray(image.astype(np.float32)).resize((size, size), Image.BILINEAR))
+    return _area_means(_area_means(image, size).T, size).T
 
 def store_sizes(size:int)->tuple: # For 256: (256, 128, 64)
     "`size` and its halves down to 64 px"

@@ -7,7 +7,7 @@ __all__ = ['task_slices', 'training_slices', 'hist_bins', 'view_table', 'n_chann
            'Augment', 'Slices', 'SliceLoader', 'normalizer', 'make_loader', 'make_dls', 'labelled_slices',
            'prediction_frame']
 
-# %% ../nbs/20_data.ipynb #4b5be502
+# %% ../nbs/20_data.ipynb #75b3abd8
 import random
 from math import pi
 from pathlib import Path
@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+import fastai.vision.learner  # It registers how batches and results of images are shown
 from fastcore.basics import chunked
 from fastcore.foundation import L
 from fastcore.script import CliError
@@ -25,29 +26,25 @@ from fastai.data.transforms import MultiCategory, Normalize
 from fastai.torch_core import Tensor, TensorBase, TensorImage, TensorMultiCategory
 from fastai.vision.core import imagenet_stats
 
-from .core import LABELS, TYPES, WINDOWS, Run
+from .core import LABELS, WINDOWS, Run
 from .recipes import Recipe, get_recipe
 from .dicom import freqhist_bins, hist_lut, window_lut
-from .labels import check_patients
+from .labels import check_patients, subset
 from .clean import Store
 
-# %% ../nbs/20_data.ipynb #74433c62
-def _n_types(index, labels): # How many types each slice of the store has, 0 where it has no label
-    return labels[list(TYPES)].sum(axis=1).reindex(index.index, fill_value=0).to_numpy()
-
+# %% ../nbs/20_data.ipynb #1411dd22
 def task_slices(
     recipe:Recipe,
     index:pd.DataFrame, # The store's, in its order
     labels:pd.DataFrame, # Six bool columns by image
     split:pd.DataFrame, # `split` by image; only images with labels
     side:str, # 'train', 'valid' or 'test'
+    **draw, # `negatives` and `seed` of `subset`; all negatives where they are not given
 )->np.ndarray: # Positions in the store, ascending
     "The kept slices of one side of the split that belong to the recipe's own task"
     on_side = (split['split'].reindex(index.index) == side).to_numpy(dtype=bool) & index['kept'].to_numpy(dtype=bool)
-    n_types = _n_types(index, labels)
-    wanted = n_types >= recipe.min_types
-    if recipe.slices == 'all': wanted |= n_types == 0
-    return np.flatnonzero(on_side & wanted)
+    images = subset(labels.loc[index.index[on_side]], recipe.slices, recipe.min_types, **draw)
+    return np.flatnonzero(index.index.isin(images))
 
 def training_slices(
     recipe:Recipe,
@@ -57,12 +54,7 @@ def training_slices(
     seed:int=0, # Draws the negatives
 )->np.ndarray: # Positions in the store, ascending
     "The slices a recipe learns from: its own task on the training side, with `negatives` slices without a bleed for each with one"
-    positions = task_slices(recipe, index, labels, split, 'train')
-    if not recipe.negatives: return positions
-    positive = _n_types(index, labels)[positions] > 0
-    n = min(round(recipe.negatives * positive.sum()), (~positive).sum())
-    drawn = np.random.default_rng(seed).choice(positions[~positive], n, replace=False)
-    return np.sort(np.concatenate([positions[positive], drawn]))
+    return task_slices(recipe, index, labels, split, 'train', negatives=recipe.negatives, seed=seed)
 
 # %% ../nbs/20_data.ipynb #6dfa3acd
 def hist_bins(
@@ -190,7 +182,7 @@ class SliceLoader(TfmdDL):
     def create_batches(self, samps):
         for which in chunked(samps, self.bs, self.drop_last): yield self.dataset.batch(which)
 
-# %% ../nbs/20_data.ipynb #5919960d
+# %% ../nbs/20_data.ipynb #2b5c4a04
 def normalizer(
     channels:int,
 )->Normalize:
@@ -211,7 +203,6 @@ def make_loader(
     device=None, # fastai's default where None
 )->SliceLoader:
     "A loader over any slices: for training where `seed` is given, otherwise in order, for prediction"
-    if size not in store.sizes: raise CliError(f'the store has no {size} px images, only {store.sizes}: choose one of them or clean at that size')
     if targets is None: targets = np.zeros((len(positions), len(recipe.labels)))
     rows = neighbors(store.index)[positions] if recipe.view == 'neighbors' else np.asarray(positions)
     items = Slices(store, rows, torch.as_tensor(targets, dtype=torch.float32), size, recipe.labels, int(seed is None))
@@ -223,13 +214,14 @@ def make_loader(
     dl.to(device or default_device())  # The transforms' tables too
     return dl
 
-# %% ../nbs/20_data.ipynb #e54891cd
+# %% ../nbs/20_data.ipynb #4056eed1
 def make_dls(
     run, # A run folder
     recipe, # A name, a `Recipe` or a TOML file
     size:int=None, # Pixels; the recipe's first where None
     bs:int=None, # Slices in a batch; the recipe's first where None
     seed:int=0, # Draws negatives, order and augmentation
+    stage:int=0, # Another order and augmentation of the same slices
     device=None, # fastai's default where None
 )->DataLoaders: # With `bins` and `store` beside the two loaders
     "The recipe's training and validation slices as fastai DataLoaders"
@@ -243,7 +235,7 @@ def make_dls(
     bins = hist_bins(store, task_slices(Recipe('all'), store.index, labels, split, 'train'))
     targets = labels[list(recipe.labels)].reindex(store.index.index, fill_value=False).to_numpy()
     size, bs = size or recipe.sizes[0], bs or recipe.batch_sizes[0]
-    loaders = [make_loader(store, recipe, bins, side, size, bs, targets[side], s, device) for side, s in ((train, seed), (valid, None))]
+    loaders = [make_loader(store, recipe, bins, side, size, bs, targets[side], s, device) for side, s in ((train, seed + 1000*stage), (valid, None))]
     dls = DataLoaders(*loaders, path=run.path, device=device or default_device())
     dls.bins, dls.store = bins, store
     return dls
