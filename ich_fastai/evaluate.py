@@ -171,7 +171,7 @@ def operating_points(
     rows = [_cut(predictions[l].to_numpy(np.float64), labels[l].to_numpy(bool), sensitivity) for l in LABELS]
     return pd.DataFrame(rows, list(LABELS), ['threshold', 'sensitivity', 'specificity'])
 
-# %% ../nbs/30_evaluate.ipynb #76de4ece
+# %% ../nbs/30_evaluate.ipynb #3e84e7a1
 def _spoken(predictions, labels):
     "The labels that the recipe speaks on and that have both classes"
     return [l for l in LABELS if predictions[l].notna().any() and 0 < labels[l].sum() < len(labels)]
@@ -179,7 +179,7 @@ def _spoken(predictions, labels):
 def _rows(predictions, what='slices'): return f'{len(predictions):,} {what}, {predictions.PatientID.nunique():,} patients'
 
 def _panels(n, each=(2.4, 2.5)):
-    fig, axs = plt.subplots(1, n, figsize=(each[0]*n, each[1]), squeeze=False, layout='constrained')
+    fig, axs = plt.subplots(1, n, figsize=(max(each[0]*n, 3.2), each[1]), squeeze=False, layout='constrained')  # At least as wide as the title
     return axs[0]
 
 def plot_roc(
@@ -197,13 +197,14 @@ def plot_roc(
         ax.plot(*roc_curve(t, p)[:2], color=COLORS[label], lw=2.4 if label == 'any' else 1.3, label=f'{label}  {row.estimate:.3f} ({row.low:.3f} to {row.high:.3f})')
         if threshold is not None:
             called = p > (threshold if np.isscalar(threshold) else threshold[label])
-            ax.plot(called[~t].mean(), called[t].mean(), 'o', ms=5, color=COLORS[label])
+            ax.plot(called[~t].mean(), called[t].mean(), 'o', ms=7, mec='white', color=COLORS[label], zorder=3)
     ax.plot([0, 1], [0, 1], color='.7', lw=1, ls=':')
-    ax.set(xlabel='1 - specificity', ylabel='sensitivity', title=f'ROC: {_rows(predictions)}', aspect='equal')
+    ax.set(xlabel='1 - specificity', ylabel='sensitivity', aspect='equal')
+    ax.set_title(f'ROC: {_rows(predictions)}', fontsize=10)
     ax.legend(fontsize=7, loc='lower right', title='AUROC (95 % interval)', title_fontsize=7, frameon=False)
     return ax
 
-# %% ../nbs/30_evaluate.ipynb #c1d3da50
+# %% ../nbs/30_evaluate.ipynb #68999abd
 def confusion(
     predictions:pd.DataFrame, labels:pd.DataFrame, # The same rows
     label:str,
@@ -217,11 +218,12 @@ def plot_confusion(
     predictions:pd.DataFrame, labels:pd.DataFrame, # The same rows
     threshold=.5, # A number, or one by label
 ):
-    "A confusion table for each label the recipe speaks on"
-    names = [l for l in LABELS if predictions[l].notna().any()]
+    "A confusion table for each label that the recipe speaks on and that has a threshold"
+    cuts = pd.Series(threshold, index=list(LABELS))
+    names = [l for l in LABELS if predictions[l].notna().any() and pd.notna(cuts[l])]
     axs = _panels(len(names), (1.75, 2.2))
     for ax, label in zip(axs, names):
-        cut = threshold if np.isscalar(threshold) else threshold[label]
+        cut = cuts[label]
         counts = confusion(predictions, labels, label, cut)
         share = _share(counts, counts.sum(1, keepdims=True).repeat(2, 1))
         ax.imshow(np.nan_to_num(share), cmap='Blues', vmin=0, vmax=1.15)
@@ -229,8 +231,8 @@ def plot_confusion(
             ax.text(j, i, f'{c:,}\n' + ('' if np.isnan(share[i, j]) else f'{share[i, j]:.0%}'), ha='center', va='center', fontsize=8, color='white' if share[i, j] > .6 else 'black')
         ax.set(xticks=[0, 1], yticks=[0, 1], xticklabels=['no', 'yes'], yticklabels=['no', 'yes'] if ax is axs[0] else [])
         ax.set_title(f'{label}\nabove {cut:.3g}', fontsize=8)
-    axs[0].set(ylabel='truth'); axs[0].figure.supxlabel('said', fontsize=9)
-    axs[0].figure.suptitle(_rows(predictions), fontsize=9)
+    axs[0].set_ylabel('truth', fontsize=9); axs[0].figure.supxlabel('said', fontsize=9)
+    axs[0].figure.suptitle(f'Confusion: {_rows(predictions)}', fontsize=9)
     return axs
 
 # %% ../nbs/30_evaluate.ipynb #6236fc81

@@ -16,23 +16,29 @@ from .core import LABELS, TYPES, WINDOWS
 from .dicom import HU_MAX, HU_MIN, window_lut
 from .clean import crop, head_box
 
-# %% ../nbs/14_explore.ipynb #bc234032
+# %% ../nbs/14_explore.ipynb #cca9cee1
 COLORS = dict(zip(LABELS, ('#E69F00', '#D55E00', '#0072B2', '#009E73', '#CC79A7', '#222222')))
 PLAIN = '#4C78A8'  # Where color says nothing
 
 def _axes(ax=None, size=(4.2, 2.6)): return ax or plt.subplots(figsize=size, layout='constrained')[1]
 
+def _label(ax, title, **kw):
+    "Title on the left, small enough for narrow axes"
+    ax.set(**kw)
+    ax.set_title(title, fontsize=10, loc='left')
+    return ax
+
 def _bars(ax, names, values, texts, color=PLAIN):
     "Horizontal bars from the top, with a text behind each"
     ax.barh(range(len(names)), values, color=color, height=.7)
-    for i, (v, text) in enumerate(zip(values, texts)): ax.text(v, i, f' {text}', va='center', fontsize=8)
+    for i, (v, text) in enumerate(zip(values, texts)): ax.annotate(text, (v, i), (4, 0), textcoords='offset points', va='center', fontsize=8)
     ax.set(yticks=range(len(names)), yticklabels=names, xticks=[], xlim=(0, max([*values, 1e-9])*1.45))
     ax.invert_yaxis()
     ax.spines[['top', 'right', 'bottom']].set_visible(False)
     ax.tick_params(labelsize=8)
     return ax
 
-# %% ../nbs/14_explore.ipynb #5fdcd2dd
+# %% ../nbs/14_explore.ipynb #d09f290f
 def plot_labels(
     labels:pd.DataFrame, # By image, six bool columns
     ax=None,
@@ -41,10 +47,10 @@ def plot_labels(
     count = labels[list(LABELS)].sum()
     texts = [f'{n:,}  ({n/len(labels):.1%})' for n in count]
     ax = _bars(_axes(ax), LABELS, count.tolist(), texts, list(COLORS.values()))
-    ax.set(xlabel='slices', title=f'Labels (n = {len(labels):,} slices)')
+    _label(ax, f'Labels (n = {len(labels):,} slices)', xlabel='slices')
     return ax
 
-# %% ../nbs/14_explore.ipynb #b32f6bb7
+# %% ../nbs/14_explore.ipynb #647903aa
 def plot_type_counts(
     labels:pd.DataFrame, # By image, six bool columns
     ax=None,
@@ -53,7 +59,7 @@ def plot_type_counts(
     count = labels[list(TYPES)].sum(axis=1).value_counts().reindex(range(6), fill_value=0)
     count = count[:max(1, count.to_numpy().nonzero()[0].max()) + 1]
     ax = _bars(_axes(ax, (4.2, .8 + .28*len(count))), count.index, count.tolist(), [f'{n:,}' for n in count])
-    ax.set(xlabel='slices', ylabel='types on a slice', title=f'Number of types (n = {len(labels):,} slices)')
+    _label(ax, f'Number of types (n = {len(labels):,} slices)', xlabel='slices', ylabel='types on a slice')
     return ax
 
 def plot_cooccurrence(
@@ -68,7 +74,7 @@ def plot_cooccurrence(
     for (i, j), n in np.ndenumerate(both):
         text = f'{n:,}' if i == j or np.isnan(share[i, j]) else f'{share[i, j]:.0%}'
         ax.text(j, i, text, ha='center', va='center', fontsize=8, color='white' if i != j and share[i, j] > .6 else 'black', weight='bold' if i == j else None)
-    ax.set(xticks=range(5), yticks=range(5), yticklabels=[f'of {l}' for l in TYPES], title=f'Types together (n = {int(labels["any"].sum()):,} bleeding slices)')
+    _label(ax, f'Types together (n = {int(labels["any"].sum()):,} bleeding slices)', xticks=range(5), yticks=range(5), yticklabels=[f'of {l}' for l in TYPES])
     ax.set_xticklabels(TYPES, rotation=30, ha='right')
     ax.tick_params(labelsize=8)
     return ax
@@ -85,7 +91,7 @@ def split_counts(
     counts = pd.DataFrame(dict(patients=by.PatientID.nunique(), studies=by.StudyInstanceUID.nunique(), slices=by.size(), kept=by.kept.sum()))
     return counts.join(by[list(LABELS)].sum()).reindex([s for s in ('train', 'valid', 'test') if s in counts.index]).astype(int)
 
-# %% ../nbs/14_explore.ipynb #4364e30a
+# %% ../nbs/14_explore.ipynb #eb899237
 def header_groups(
     metadata:pd.DataFrame, # By image
 )->pd.Series: # Slices by group, the largest first
@@ -104,12 +110,12 @@ def plot_headers(
 ):
     "Header groups, 12-bit ones darker"
     groups = header_groups(metadata)
-    ax = _bars(_axes(ax, (6.2, .8 + .28*len(groups))), groups.index, groups.tolist(), [f'{n:,}  ({n/len(metadata):.1%})' for n in groups],
+    ax = _bars(_axes(ax, (5.6, .8 + .28*len(groups))), groups.index, groups.tolist(), [f'{n:,}  ({n/len(metadata):.1%})' for n in groups],
                ['#2F4B6E' if name.startswith('12') else PLAIN for name in groups.index])
-    ax.set(xlabel='slices', title=f'How pixels are stored (n = {len(metadata):,} slices)')
+    _label(ax, f'How pixels are stored (n = {len(metadata):,} slices)', xlabel='slices')
     return ax
 
-# %% ../nbs/14_explore.ipynb #924effd6
+# %% ../nbs/14_explore.ipynb #500cd4d4
 THRESHOLDS = (.01, .02, .05, .1, .15, .2, .25, .3)
 
 def plot_brain_share(
@@ -123,8 +129,10 @@ def plot_brain_share(
     bins = np.linspace(0, max(.3, share.max()), 41)
     ax.hist(share, bins, color='#C9D6E6', label='all slices')
     if labels is not None: ax.hist(share[share.index.isin(labels.index[labels['any']])], bins, color=COLORS['intraparenchymal'], label='bleeding')
-    for m in marks: ax.axvline(m, color='.3', lw=1, ls='--'); ax.text(m, ax.get_ylim()[1], f' {m:g}', fontsize=8, va='top')
-    ax.set(xlabel='share of pixels between 0 and 80 HU', ylabel='slices', title=f'Share of brain (n = {len(metadata):,} slices)')
+    for m in marks:
+        ax.axvline(m, color='.3', lw=1, ls='--')
+        ax.annotate(f'{m:g}', (m, ax.get_ylim()[1]), (3, 0), textcoords='offset points', fontsize=8, va='top')
+    _label(ax, f'Share of brain (n = {len(metadata):,} slices)', xlabel='share of pixels between 0 and 80 HU', ylabel='slices')
     ax.legend(fontsize=8, frameon=False)
     ax.spines[['top', 'right']].set_visible(False)
     return ax
@@ -154,7 +162,7 @@ def plot_dropped(
     ax.plot(grid, table.share, color='.55', lw=2, ls='-', label='all slices')
     for l in [l for l in LABELS if l in table and table[l].notna().all()]: ax.plot(grid, table[l], color=COLORS[l], lw=2 if l == 'any' else 1.2, label=l)
     for m in marks: ax.axvline(m, color='.3', lw=1, ls='--')
-    ax.set(xlabel='threshold on the share of brain', ylabel='share dropped', ylim=(0, 1), xlim=(0, .4), title=f'What a threshold drops (n = {len(metadata):,} slices)')
+    _label(ax, f'What a threshold drops (n = {len(metadata):,} slices)', xlabel='threshold on the share of brain', ylabel='share dropped', ylim=(0, 1), xlim=(0, .4))
     ax.legend(fontsize=7, frameon=False)
     ax.spines[['top', 'right']].set_visible(False)
     return ax
@@ -254,7 +262,7 @@ def plot_crop(
         _picture(after, shown(crop(image, box), 'brain_soft'), f'{side} x {side}')
     return axs
 
-# %% ../nbs/14_explore.ipynb #2c890b7e
+# %% ../nbs/14_explore.ipynb #a594c4df
 def _series_findings(metadata):
     "Series by what is odd in their geometry"
     by = metadata.groupby('SeriesInstanceUID')
@@ -289,7 +297,7 @@ def plot_quality(
     "Findings as shares of the slices, series or files"
     table = quality(metadata, errors)
     share = table['count']/table['of']
-    ax = _axes(ax, (6.2, .8 + .26*len(table)))
+    ax = _axes(ax, (5.6, .8 + .26*len(table)))
     _bars(ax, table.index, share.tolist(), [f"{r['count']:,} of {r['of']:,} {r['unit']}" for _, r in table.iterrows()])
-    ax.set(xlabel='share', title=f'Quality (n = {len(metadata):,} slices)')
+    _label(ax, f'Quality (n = {len(metadata):,} slices)', xlabel='share')
     return ax

@@ -73,7 +73,7 @@ def coverage(
     if both == 0: raise CliError('no image has a label: does the label file belong to these files?')
     return dict(labelled=both, images_without_labels=len(metadata) - both, labels_without_images=len(labels) - both)
 
-# %% ../nbs/12_labels.ipynb #46166848
+# %% ../nbs/12_labels.ipynb #de8cee66
 def check_patients(
     split:pd.DataFrame, # Columns `split` and `PatientID`
 ):
@@ -101,7 +101,6 @@ def split_patients(
     coverage(metadata, labels)
     patient = metadata.loc[metadata.index.isin(labels.index), 'PatientID']
     profile = labels.loc[patient.index].groupby(patient).any().sort_index()
-    profile = profile.assign(none=~profile['any'])  # Patients without a bleed are a group to spread, too
     if len(profile) < 3: raise CliError(f'{len(profile)} patients cannot be split three ways: give at least 3')
     side = pd.Series('train', profile.index)
     side[_draw(profile.to_numpy(), test, seed)] = 'test'

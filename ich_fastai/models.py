@@ -42,7 +42,7 @@ def _torchvision_model(arch, pretrained):
         raise CliError(f"no ImageNet weights for {arch} ({e}): go online, set `pretrained = false` in the recipe, "
                        f"or put the file at {weights_file(arch)}") from e
 
-# %% ../nbs/22_models.ipynb #85736906
+# %% ../nbs/22_models.ipynb #2754aae0
 PRECISIONS = dict(fp32=None, fp16=torch.float16, bf16=torch.bfloat16)
 
 class Net(nn.Sequential):
@@ -50,8 +50,8 @@ class Net(nn.Sequential):
     precision = 'fp32'
     def forward(self, x):
         dtype = PRECISIONS[self.precision]
-        with torch.autocast(x.device.type, dtype=dtype, enabled=dtype is not None):
-            return super().forward(x.as_subclass(torch.Tensor)).float()
+        x = x.as_subclass(torch.Tensor).contiguous(memory_format=torch.channels_last)
+        with torch.autocast(x.device.type, dtype=dtype, enabled=dtype is not None): return super().forward(x).float()
 
 def body_and_head(
     model:Net,
@@ -59,7 +59,7 @@ def body_and_head(
     "The parameter groups: freezing one leaves the other"
     return L(model[0], model[1]).map(params)
 
-# %% ../nbs/22_models.ipynb #fab8f12c
+# %% ../nbs/22_models.ipynb #a5505f3b
 def create_model(
     recipe, # A name, a `Recipe` or a TOML file
     pretrained:bool=False, # ImageNet's weights in the body?
@@ -71,7 +71,7 @@ def create_model(
     body = create_body(_torchvision_model(arch, pretrained), n_channels(recipe), pretrained, cut)
     model = Net(*add_head(body, num_features_model(nn.Sequential(*body.children())), len(recipe.labels)))
     model.precision = recipe.precision
-    return model
+    return model.to(memory_format=torch.channels_last)
 
 def n_parameters(
     model:nn.Module,
