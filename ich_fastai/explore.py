@@ -16,7 +16,7 @@ from .core import LABELS, TYPES, WINDOWS
 from .dicom import HU_MAX, HU_MIN, window_lut
 from .clean import crop, head_box
 
-# %% ../nbs/14_explore.ipynb #cca9cee1
+# %% ../nbs/14_explore.ipynb #1b395d29
 COLORS = dict(zip(LABELS, ('#E69F00', '#D55E00', '#0072B2', '#009E73', '#CC79A7', '#222222')))
 PLAIN = '#4C78A8'  # Where color says nothing
 
@@ -31,7 +31,8 @@ def _label(ax, title, **kw):
 def _bars(ax, names, values, texts, color=PLAIN):
     "Horizontal bars from the top, with a text behind each"
     ax.barh(range(len(names)), values, color=color, height=.7)
-    for i, (v, text) in enumerate(zip(values, texts)): ax.annotate(text, (v, i), (4, 0), textcoords='offset points', va='center', fontsize=8)
+    for i, (v, text) in enumerate(zip(values, texts)):
+        ax.annotate(text, (v, i), (4, 0), textcoords='offset points', va='center', fontsize=8)
     ax.set(yticks=range(len(names)), yticklabels=names, xticks=[], xlim=(0, max([*values, 1e-9])*1.45))
     ax.invert_yaxis()
     ax.spines[['top', 'right', 'bottom']].set_visible(False)
@@ -50,7 +51,7 @@ def plot_labels(
     _label(ax, f'Labels (n = {len(labels):,} slices)', xlabel='slices')
     return ax
 
-# %% ../nbs/14_explore.ipynb #647903aa
+# %% ../nbs/14_explore.ipynb #2d6fdf19
 def plot_type_counts(
     labels:pd.DataFrame, # By image, six bool columns
     ax=None,
@@ -73,13 +74,15 @@ def plot_cooccurrence(
     ax.imshow(np.where(np.eye(5, dtype=bool), np.nan, share), cmap='Blues', vmin=0, vmax=1)
     for (i, j), n in np.ndenumerate(both):
         text = f'{n:,}' if i == j or np.isnan(share[i, j]) else f'{share[i, j]:.0%}'
-        ax.text(j, i, text, ha='center', va='center', fontsize=8, color='white' if i != j and share[i, j] > .6 else 'black', weight='bold' if i == j else None)
-    _label(ax, f'Types together (n = {int(labels["any"].sum()):,} bleeding slices)', xticks=range(5), yticks=range(5), yticklabels=[f'of {l}' for l in TYPES])
+        color = 'white' if i != j and share[i, j] > .6 else 'black'
+        ax.text(j, i, text, ha='center', va='center', fontsize=8, color=color, weight='bold' if i == j else None)
+    title = f'Types together (n = {int(labels["any"].sum()):,} bleeding slices)'
+    _label(ax, title, xticks=range(5), yticks=range(5), yticklabels=[f'of {l}' for l in TYPES])
     ax.set_xticklabels(TYPES, rotation=30, ha='right')
     ax.tick_params(labelsize=8)
     return ax
 
-# %% ../nbs/14_explore.ipynb #47ab7b67
+# %% ../nbs/14_explore.ipynb #0c492ee9
 def split_counts(
     split:pd.DataFrame, # By image: split, PatientID
     labels:pd.DataFrame, # By image, six bool columns
@@ -88,16 +91,17 @@ def split_counts(
     "What is in train, valid and test"
     frame = split.join(metadata[['StudyInstanceUID', 'kept']], how='inner').join(labels)
     by = frame.groupby('split')
-    counts = pd.DataFrame(dict(patients=by.PatientID.nunique(), studies=by.StudyInstanceUID.nunique(), slices=by.size(), kept=by.kept.sum()))
+    counts = pd.DataFrame(dict(patients=by.PatientID.nunique(), studies=by.StudyInstanceUID.nunique(),
+                               slices=by.size(), kept=by.kept.sum()))
     return counts.join(by[list(LABELS)].sum()).reindex([s for s in ('train', 'valid', 'test') if s in counts.index]).astype(int)
 
-# %% ../nbs/14_explore.ipynb #eb899237
+# %% ../nbs/14_explore.ipynb #dc47a6f4
 def header_groups(
     metadata:pd.DataFrame, # By image
 )->pd.Series: # Slices by group, the largest first
     "Slices by the way their pixels are stored"
     def name(bits, signed, intercept, repair):
-        note = dict(wrapped=', HU modulo 4096: repaired', suspect=': suspect').get(repair, '')
+        note = dict(wrapped=' (repaired)', suspect=' (suspect)').get(repair, '')
         return f"{bits:.0f}-bit {'signed' if signed else 'unsigned'}, intercept {intercept:g}{note}"
     keys = metadata[['BitsStored', 'PixelRepresentation', 'RescaleIntercept', 'hu_repair']]
     keys = keys.assign(RescaleIntercept=keys.RescaleIntercept.fillna(0), hu_repair=keys.hu_repair.fillna(''))
@@ -110,12 +114,12 @@ def plot_headers(
 ):
     "Header groups, 12-bit ones darker"
     groups = header_groups(metadata)
-    ax = _bars(_axes(ax, (5.6, .8 + .28*len(groups))), groups.index, groups.tolist(), [f'{n:,}  ({n/len(metadata):.1%})' for n in groups],
-               ['#2F4B6E' if name.startswith('12') else PLAIN for name in groups.index])
+    texts, colors = [f'{n:,}  ({n/len(metadata):.1%})' for n in groups], ['#2F4B6E' if name.startswith('12') else PLAIN for name in groups.index]
+    ax = _bars(_axes(ax, (5.6, .8 + .28*len(groups))), groups.index, groups.tolist(), texts, colors)
     _label(ax, f'How pixels are stored (n = {len(metadata):,} slices)', xlabel='slices')
     return ax
 
-# %% ../nbs/14_explore.ipynb #500cd4d4
+# %% ../nbs/14_explore.ipynb #3a4bb7b3
 THRESHOLDS = (.01, .02, .05, .1, .15, .2, .25, .3)
 
 def plot_brain_share(
@@ -128,7 +132,9 @@ def plot_brain_share(
     share, ax = metadata.img_pct_window, _axes(ax, (5, 2.6))
     bins = np.linspace(0, max(.3, share.max()), 41)
     ax.hist(share, bins, color='#C9D6E6', label='all slices')
-    if labels is not None: ax.hist(share[share.index.isin(labels.index[labels['any']])], bins, color=COLORS['intraparenchymal'], label='bleeding')
+    if labels is not None:
+        bleeding = share.index.isin(labels.index[labels['any']])
+        ax.hist(share[bleeding], bins, color=COLORS['intraparenchymal'], label='bleeding')
     for m in marks:
         ax.axvline(m, color='.3', lw=1, ls='--')
         ax.annotate(f'{m:g}', (m, ax.get_ylim()[1]), (3, 0), textcoords='offset points', fontsize=8, va='top')
@@ -160,9 +166,11 @@ def plot_dropped(
     grid, ax = np.linspace(0, .4, 81), _axes(ax, (5, 2.8))
     table = dropped(metadata, labels, grid)
     ax.plot(grid, table.share, color='.55', lw=2, ls='-', label='all slices')
-    for l in [l for l in LABELS if l in table and table[l].notna().all()]: ax.plot(grid, table[l], color=COLORS[l], lw=2 if l == 'any' else 1.2, label=l)
+    for l in [l for l in LABELS if l in table and table[l].notna().all()]:
+        ax.plot(grid, table[l], color=COLORS[l], lw=2 if l == 'any' else 1.2, label=l)
     for m in marks: ax.axvline(m, color='.3', lw=1, ls='--')
-    _label(ax, f'What a threshold drops (n = {len(metadata):,} slices)', xlabel='threshold on the share of brain', ylabel='share dropped', ylim=(0, 1), xlim=(0, .4))
+    _label(ax, f'What a threshold drops (n = {len(metadata):,} slices)', xlabel='threshold on the share of brain', ylabel='share dropped',
+           ylim=(0, 1), xlim=(0, .4))
     ax.legend(fontsize=7, frameon=False)
     ax.spines[['top', 'right']].set_visible(False)
     return ax
@@ -224,7 +232,7 @@ def plot_study(
         for k, t in enumerate(types[::-1]): _caption(ax, (i % columns + .04)*size, (i//columns + .98 - .12*k)*size, t)
     return ax
 
-# %% ../nbs/14_explore.ipynb #c0b2a6ea
+# %% ../nbs/14_explore.ipynb #f6d157a3
 def plot_low_brain(
     store, # The image store
     threshold:float=.02, # On the share of brain
@@ -236,17 +244,19 @@ def plot_low_brain(
     order = np.argsort(share, kind='stable')
     at = np.searchsorted(share[order], threshold)
     where, size = order[max(0, at - n):at + n], min((s for s in store.sizes if s >= 128), default=max(store.sizes))
-    ax = _picture(_axes(ax, (9, 1.4)), tiled(shown(store.read(where, size), 'brain_soft'), 2*n), f'Nearest to the threshold {threshold:g}, by share of brain')
+    picture = tiled(shown(store.read(where, size), 'brain_soft'), 2*n)
+    ax = _picture(_axes(ax, (9, 1.4)), picture, f'Nearest to the threshold {threshold:g}, by share of brain')
     for i, s in enumerate(share[where]): _caption(ax, (i + .04)*size, .98*size, f'{s:.3f}', 7, '#FFD166' if s < threshold else 'white')
     return ax
 
-# %% ../nbs/14_explore.ipynb #b51126e6
+# %% ../nbs/14_explore.ipynb #ef3162cd
 def plot_windows(
     image:np.ndarray, # HU [rows, columns]
 ):
     "One slice in every window"
     fig, axs = plt.subplots(1, len(WINDOWS), figsize=(1.5*len(WINDOWS), 1.9), layout='constrained')
-    for ax, (name, w) in zip(axs, WINDOWS.items()): _picture(ax, shown(image, name), f'{name}\n{w.level - w.width/2:g} to {w.level + w.width/2:g} HU').title.set_fontsize(7.5)
+    for ax, (name, w) in zip(axs, WINDOWS.items()):
+        _picture(ax, shown(image, name), f'{name}\n{w.level - w.width/2:g} to {w.level + w.width/2:g} HU').title.set_fontsize(7.5)
     return axs
 
 # %% ../nbs/14_explore.ipynb #06cca2e8
@@ -262,7 +272,7 @@ def plot_crop(
         _picture(after, shown(crop(image, box), 'brain_soft'), f'{side} x {side}')
     return axs
 
-# %% ../nbs/14_explore.ipynb #a594c4df
+# %% ../nbs/14_explore.ipynb #87e4764c
 def _series_findings(metadata):
     "Series by what is odd in their geometry"
     by = metadata.groupby('SeriesInstanceUID')
@@ -278,7 +288,8 @@ def quality(
     errors:pd.DataFrame=None, # By file: what could not be read
 )->pd.DataFrame: # By finding: count, of (how many there are), unit
     "What is odd in the data, counted"
-    slices = {'HU modulo 4096, repaired': metadata.hu_repair == 'wrapped', '12 bits, intercept 0: suspect': metadata.hu_repair == 'suspect',
+    slices = {'HU modulo 4096, repaired': metadata.hu_repair == 'wrapped',
+              '12 bits, intercept 0: suspect': metadata.hu_repair == 'suspect',
               'not 512 x 512': (metadata.Rows != 512) | (metadata.Columns != 512), 'not square': metadata.Rows != metadata.Columns,
               'too little brain': ~metadata.kept.astype(bool)}
     rows = [(k, int(v.sum()), len(metadata), 'slices') for k, v in slices.items()]

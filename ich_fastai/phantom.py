@@ -32,7 +32,7 @@ from fastcore.script import CliError
 
 from .core import LABELS, TYPES, disk_errors, progress, write_whole
 
-# %% ../nbs/01_phantom.ipynb #b5fc837f
+# %% ../nbs/01_phantom.ipynb #9bbb76cc
 PREVALENCE = dict(epidural=.016, intraparenchymal=.246, intraventricular=.170, subarachnoid=.182, subdural=.176, any=.410)
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Quirks:
     equal_z: float = .03 # Two slices with the same z: 29 of 2,214 studies
     uneven: float = .07 # A gap over 1.5 times the spacing: 152 of 2,214
     odd_size: float = .03 # Not square
-    contrast: float = .12 # Scanned with contrast agent: bright vessels, veins and dura, a trap for thresholds
+    contrast: float = .06 # Scanned with contrast agent: bright vessels, veins and dura, a trap for thresholds
     metal: float = .04 # A clip or filling of more than 3,071 HU, with its streaks
     duplicate_rows: int = 6 # Label rows that stand twice in the file: 24 in stage 1
     no_suffix: int = 1 # Files without `.dcm`
@@ -217,7 +217,7 @@ def waves(
     phase = rng.uniform(0, 2*np.pi, n).astype(np.float32)
     return sum(np.cos(p.x*a + p.y*b + p.z*c + f) for (a,b,c),f in zip(k, phase)) * np.float32(np.sqrt(2/n))
 
-# %% ../nbs/01_phantom.ipynb #3a8064e9
+# %% ../nbs/01_phantom.ipynb #3269d159
 @dataclass
 class Head:
     "What makes one head different from another"
@@ -232,6 +232,7 @@ class Head:
     pineal: float # HU of the calcified pineal; 0 none
     ganglia: float # HU of calcified basal ganglia; 0 none
     falx: float # HU of the falx and tentorium
+    dura: float # Their half thickness, mm
     falx_calcified: float # y, mm, of a plaque on the falx; 0 none
     vein: float # HU of the venous sinuses
     grey: float # HU of grey matter
@@ -245,8 +246,8 @@ def draw_head(rng)->Head:
     atrophy = rng.beta(1.3, 1.6)
     white = n(28.5, 1.2)
     return Head(scale=(n(1, .04), n(1, .035), n(1, .035)), egg=u(.06, .16), bone=u(5, 9), scalp=u(3.5, 7.5), atrophy=atrophy,
-        ventricles=u(-1.2, .6)+3.2*atrophy**2, sinuses=u(.4, 1.25), choroid=maybe(.75, 70, 350), pineal=maybe(.65, 80, 300),
-        ganglia=maybe(.18, 55, 120), falx=u(44, 58), falx_calcified=maybe(.35, -70, -30), vein=u(47, 68),
+        ventricles=u(-1.2, .6)+3.2*atrophy**2, sinuses=u(.4, 1.25), choroid=maybe(.8, 62, 240), pineal=maybe(.65, 80, 300),
+        ganglia=maybe(.18, 55, 100), falx=u(45, 58), dura=u(.4, .8), falx_calcified=maybe(.35, -70, -30), vein=u(47, 66),
         grey=white+u(7, 10), white=white, infarct=(rng.choice([-1, 1]), u(-45, 45), u(25, 70), maybe(.15, 10, 24)))
 
 # %% ../nbs/01_phantom.ipynb #ad874831
@@ -330,7 +331,7 @@ def insula(p): # The Sylvian fissure: mm from its sheet, and mm outside its boun
     lateral = both(39-x, np.abs(p.z-26)-15)
     return sheet, deep, limb, lateral
 
-# %% ../nbs/01_phantom.ipynb #62b92e2e
+# %% ../nbs/01_phantom.ipynb #08ea3e54
 def orbits(p): return ellipsoid(p, (31,-60,-7), (18,27,17))
 def globes(p): return ellipsoid(p, (31,-76,-7), (12,12.5,12))
 def eye_muscles(p):
@@ -345,7 +346,7 @@ def sinuses(
     ethmoid = both(x-12, np.abs(p.y+55)-22, np.abs(p.z+6)-10)
     cells = both(ethmoid, 2.6*np.cos(p.y*.62 + wall) + 3*np.cos(x*.9 + 1.3*wall) - 3.6)
     nose = both(x-13, np.abs(p.y+62)-28, p.z+16, 1.2-np.abs(p.x+wall), 2.6+wall-np.abs(x-8))
-    return union(ellipsoid(p, (12,-87,13), (12*frontal, 3.6*frontal, 13*frontal)), cells, nose, ellipsoid(p, (8,-17,-8), (8,12,8)),
+    return union(ellipsoid(p, (12,-84,13), (11*frontal, 3.2*frontal, 12*frontal)), cells, nose, ellipsoid(p, (8,-17,-8), (8,12,8)),
                  ellipsoid(p, (29,-64,-36), (13,15,15)), ellipsoid(p, (0,-14,-42), (12,8,22)), tube(p, [(66,14,-10,3), (46,14,-9,2.5)]))
 
 def mastoid(p): return ellipsoid(p, (54,32,-14), (13,17,20))
@@ -364,7 +365,7 @@ def face_skin(p):
     x = p.x*(1 - .004*np.minimum(p.y+42, 0))
     return union(ellipsoid(Points(x, p.y, p.z), (0,-42,-25), (68,54,62)), nose, both(np.sqrt((p.x/66)**2 + ((p.y-28)/66)**2)*66-66, p.z-5))
 
-# %% ../nbs/01_phantom.ipynb #c99f9c0f
+# %% ../nbs/01_phantom.ipynb #ddeddb65
 @dataclass
 class Scan:
     "Where each pixel lies: DICOM's geometry, with the head's place in it"
@@ -376,6 +377,7 @@ class Scan:
     origin: np.ndarray # [n, 3] ImagePositionPatient against the head's origin, mm
     rotation: np.ndarray # [3, 3] head to patient
     table: tuple # (y of the head holder's lowest point, its radius), mm
+    cupping: float # How much brighter the brain's rim is than its middle, HU over half a space of bone
     haze: float # What beam hardening adds to brain beside the skull, HU over half a space of bone
     noise: float # Standard deviation of the noise, HU at 0.47 mm
     streak: float # Depth of the streaks between the petrous bones, HU
@@ -411,7 +413,7 @@ def draw_scan(
     origin[:,1] += (size-rows)/2 * fov/size * np.cos(tilt)
     return Scan(pixel=fov/size, rows=rows, columns=size, spacing=spacing, tilt=tilt, origin=origin,
                 rotation=turn(2, yaw) @ turn(1, roll) @ turn(0, pitch-tilt), table=(rng.uniform(104, 114), rng.uniform(115, 160)),
-                haze=rng.uniform(8, 52), noise=rng.uniform(2.8, 7.5), streak=rng.uniform(2, 15), z0=rng.uniform(0, 400))
+                haze=rng.uniform(8, 40), cupping=rng.uniform(0, 22), noise=3.5+9*rng.beta(1, 1.8), streak=rng.uniform(2, 15), z0=rng.uniform(0, 400))
 
 GRID = 120 # Coarse points across the image, about 2 mm apart: the anatomy is computed there
 
@@ -476,7 +478,7 @@ class Canvas:
         half = self.fine(name+' half', k) + np.float32(more)
         return np.clip(np.minimum(.5 + half - np.abs(self.fine(name, k)), 2*half), 0, 1)
 
-# %% ../nbs/01_phantom.ipynb #d388a440
+# %% ../nbs/01_phantom.ipynb #7320323f
 @dataclass
 class Bleed:
     "One hemorrhage"
@@ -489,7 +491,7 @@ class Bleed:
     edema: float = 0. # Width of the dark rim, mm
 
 def age_hu(rng): # HU of blood: mostly acute
-    age = rng.choice(['acute', 'subacute', 'chronic'], p=[.86, .09, .05])
+    age = rng.choice(['acute', 'subacute', 'chronic'], p=[.91, .06, .03])
     return rng.uniform(*dict(acute=(56, 82), subacute=(38, 48), chronic=(14, 24))[age])
 
 def pole(side, azimuth, elevation): # Unit vector from the middle of the head; azimuth 0 is lateral, positive backward; degrees
@@ -510,7 +512,7 @@ def draw_epidural(rng, head, side):
 
 def draw_subdural(rng, head, side):
     form = rng.choice(['convexity', 'falx'], p=[.85, .15])
-    size = (rng.uniform(3.5, 13), rng.uniform(45, 85), rng.uniform(16, 42)) # thickness mm, half length and half height in degrees
+    size = (rng.uniform(4, 14), rng.uniform(45, 85), rng.uniform(16, 42)) # thickness mm, half length and half height in degrees
     if form=='falx': size = (rng.uniform(2.5, 6), rng.uniform(22, 45), rng.uniform(14, 30)) # thickness, half length, half height mm
     center = (0, rng.uniform(-35, 35), rng.uniform(62, 84)) if form=='falx' else (rng.uniform(-25, 25), rng.uniform(8, 40), 0)
     return Bleed('subdural', age_hu(rng), side, center, size, form)
@@ -521,7 +523,7 @@ def draw_intraparenchymal(rng, head, side):
     if c is None:
         n = pole(1, rng.uniform(-65, 65), rng.uniform(5, 60))
         c = on_vault(head, n) - n*rng.uniform(14, 32)
-    r = np.clip(rng.lognormal(2.55, .42), 5, 26) * (.55 if form=='pons' else .75 if form=='thalamus' else 1)
+    r = np.clip(rng.lognormal(2.65, .4), 6, 26) * (.55 if form=='pons' else .75 if form=='thalamus' else 1)
     radii = r*rng.uniform(.75, 1.3, 3)
     c = np.array(c) + rng.normal(0, 2.5, 3)
     return Bleed('intraparenchymal', age_hu(rng), side, (abs(c[0]), c[1], c[2]), tuple(radii), form, edema=rng.uniform(1.5, 9))
@@ -538,7 +540,7 @@ def draw_subarachnoid(rng, head, side):
     if form=='convexity':
         c, r = on_vault(head, pole(1, rng.uniform(-70, 70), rng.uniform(10, 65))), np.full(3, rng.uniform(22, 38))
         c = (abs(c[0]), c[1], c[2])
-    return Bleed('subarachnoid', rng.uniform(52, 76), side, tuple(c), tuple(r), form)
+    return Bleed('subarachnoid', rng.uniform(55, 78), side, tuple(c), tuple(r), form)
 
 DRAW = dict(epidural=draw_epidural, intraparenchymal=draw_intraparenchymal, intraventricular=draw_intraventricular,
             subarachnoid=draw_subarachnoid, subdural=draw_subdural)
@@ -679,7 +681,7 @@ def folds(
     s = (np.float32(62) + .22*r)/r
     return canvas.mm(at(lattice(rng, 15), d[0]*s + wobble, d[1]*s - wobble, d[2]*s + wobble))
 
-# %% ../nbs/01_phantom.ipynb #a65f82bd
+# %% ../nbs/01_phantom.ipynb #83c3a384
 def brain_fields(
     canvas:Canvas,
     p:Points, # Where, in the standard head
@@ -705,7 +707,7 @@ def brain_fields(
     holes = ventricles(b, head.ventricles)
     canvas.solid('ventricle', holes)
     space_fields(canvas, p, b, deep, sheet, curl, a, rng, wet)
-    dura_fields(canvas, p, b, deep, sheet, notch)
+    dura_fields(canvas, p, b, deep, sheet, notch, head.dura)
     return sheet, holes
 
 def space_fields(canvas, p, b, deep, sheet, curl, a, rng, wet):
@@ -720,16 +722,16 @@ def space_fields(canvas, p, b, deep, sheet, curl, a, rng, wet):
     canvas.sheet('limb', limb + 2*curl, np.minimum(.25+1.7*a+.5*wet, -.3*lateral))
     canvas.solid('cistern', both(cisterns(b, 2*a-.6) + 1.1*curl, -deep))
 
-def dura_fields(canvas, p, b, deep, sheet, notch):
+def dura_fields(canvas, p, b, deep, sheet, notch, half):
     "Falx, tentorium, and the veins along them"
     margin = ellipsoid(p, (0,-6,28), (60,60,47))
-    canvas.sheet('falx', b.x, np.where(sheet > -1, np.minimum(.55, .2*margin), -3))
-    canvas.sheet('tent', sheet, np.where(deep > 0, np.clip(-.2*notch, -3, .38), -3))
+    canvas.sheet('falx', b.x, np.where(sheet > -1, np.minimum(half, .2*margin), -3))
+    canvas.sheet('tent', sheet, np.where(deep > 0, np.clip(-.2*notch, -3, .7*half), -3))
     sagittal = both(np.abs(p.x)+.55*deep-4.5, 10-p.z, deep-8, -40-p.y*(p.z < 60))
     transverse, straight = both(np.abs(sheet)-3, deep-4.5, 25-p.y), both(np.hypot(p.x, sheet+1)-2.5, 28-p.y)
     canvas.solid('vein', both(union(sagittal, transverse, straight), .4-deep))
 
-# %% ../nbs/01_phantom.ipynb #9e7477fe
+# %% ../nbs/01_phantom.ipynb #55bd3c31
 def arteries(p):
     "Carotid, middle and anterior cerebral, basilar and posterior cerebral arteries"
     return union(tube(p, [(11,-14,0,2.2), (11,-12,13,2), (24,-15,17,1.6), (38,-12,21,1.4), (42,2,29,1.1)]), tube(p, [(0,-4,-14,1.8), (0,-5,10,1.8)]),
@@ -745,9 +747,9 @@ def calcified_fields(canvas, b, deep, head, rng): # Bright spots that are not bl
     side, y, z, r = head.infarct
     spot, rim = waves(rng, b, 7, 6), waves(rng, b, 20, 6)
     if r: canvas.solid('infarct', both(ellipsoid(b, (48, y, z), (r, .8*r, r), side) + 3*rim, 1-deep))
-    if head.choroid: canvas.solid('choroid', union(ellipsoid(b, (22,34,43), (2.1,3.4,2.6)), ellipsoid(b, (15,24,50), (1.1,3,1.5))) + .9*spot)
+    if head.choroid: canvas.solid('choroid', union(ellipsoid(b, (22,34,43), (2.6,4.2,3.2)), ellipsoid(b, (15,24,50), (1.3,4,1.8))) + .9*spot)
     if head.pineal: canvas.solid('pineal', ellipsoid(b, (0,22,31), (2.6,2.6,2.6)) + .4*spot)
-    if head.ganglia: canvas.solid('ganglia', ellipsoid(b, (21,-2,31), (4,9,5)) + 2*spot)
+    if head.ganglia: canvas.solid('ganglia', ellipsoid(b, (21,-2,31), (4.5,11,7)) + 2*spot)
     if head.falx_calcified: canvas.solid('plaque', ellipsoid(b, (0,head.falx_calcified,66), (1.8,8,9)))
 
 # %% ../nbs/01_phantom.ipynb #bddeed2b
@@ -852,7 +854,7 @@ def holder(scan, x, y): # Share of each pixel in the head holder's shell; x [1, 
     r = np.hypot(x, np.minimum(y-(low-radius), 1e9))
     return np.clip(.5 + (2-np.abs(r-radius))/scan.pixel, 0, 1) * (y > low-.55*radius)
 
-# %% ../nbs/01_phantom.ipynb #79626623
+# %% ../nbs/01_phantom.ipynb #15b9b889
 def middle_mm(scan): # (u [1, columns], v [rows, 1]) mm from the image's middle
     at = lambda n: ((np.arange(n)-(n-1)/2)*scan.pixel).astype(np.float32)
     return at(scan.columns)[None], at(scan.rows)[:,None]
@@ -860,7 +862,8 @@ def middle_mm(scan): # (u [1, columns], v [rows, 1]) mm from the image's middle
 def bone_haze(canvas): # Share of bone by slice [n]; what beam hardening leaves beside it goes on the canvas
     share = lambda name: np.clip(canvas.q[name][0], 0, 1)
     bone = share('bone')*(1-share('cavity'))
-    canvas.keep('haze', canvas.scan.haze*np.stack([gaussian_filter(s, 5/canvas.step) for s in bone]))
+    spread = lambda mm: np.stack([gaussian_filter(s, mm/canvas.step, truncate=3) for s in bone])
+    canvas.keep('haze', canvas.scan.haze*spread(5) + canvas.scan.cupping*spread(18))
     return bone.mean((1, 2))
 
 def finish(
@@ -882,7 +885,7 @@ def finish(
     hu += grain(rng, scan)*np.float32(1 + .7*dense)
     return hu
 
-# %% ../nbs/01_phantom.ipynb #0dd63ba2
+# %% ../nbs/01_phantom.ipynb #4e4cb379
 def anatomy(
     study:Study,
     head:Head,
@@ -897,7 +900,7 @@ def anatomy(
     deep = skull_fields(canvas, p, head, patients)
     wet = np.zeros_like(deep)
     for bleed in bleeds:
-        if bleed.kind=='subarachnoid': wet = np.maximum(wet, np.clip(-subarachnoid(bleed, p, 0)/8, 0, 1))
+        if bleed.kind=='subarachnoid': wet = np.maximum(wet, np.clip(-subarachnoid(bleed, p, 0)/6, 0, 1.4))
     sheet, holes = brain_fields(canvas, p, b, deep, head, patients, wet)
     calcified_fields(canvas, b, deep, head, patients)
     if study.contrast: contrast_fields(canvas, b, deep, texture)
