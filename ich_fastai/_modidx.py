@@ -341,6 +341,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'ich_fastai.phantom.paint': ('phantom.html#paint', 'ich_fastai/phantom.py'),
                                     'ich_fastai.phantom.paint_brain': ('phantom.html#paint_brain', 'ich_fastai/phantom.py'),
                                     'ich_fastai.phantom.paint_outside': ('phantom.html#paint_outside', 'ich_fastai/phantom.py'),
+                                    'ich_fastai.phantom.paint_tissue': ('phantom.html#paint_tissue', 'ich_fastai/phantom.py'),
                                     'ich_fastai.phantom.plan_studies': ('phantom.html#plan_studies', 'ich_fastai/phantom.py'),
                                     'ich_fastai.phantom.pole': ('phantom.html#pole', 'ich_fastai/phantom.py'),
                                     'ich_fastai.phantom.pushed': ('phantom.html#pushed', 'ich_fastai/phantom.py'),

@@ -5,18 +5,19 @@
 # %% auto #0
 __all__ = ['command', 'phantom', 'metadata', 'clean', 'train', 'compare', 'demo']
 
-# %% ../nbs/50_cli.ipynb #61c291d7
-import os, shutil
+# %% ../nbs/50_cli.ipynb #47028881
+import os, shutil, warnings
 from functools import wraps
 
 from fastcore.script import CliError, call_parse
 
-# %% ../nbs/50_cli.ipynb #027c8b6c
+# %% ../nbs/50_cli.ipynb #26815dce
 def command(f):
     "A console script from `f`, which has a parameter `quiet`"
     @wraps(f)
     def run(*args, quiet=False, **kwargs):
         if quiet: os.environ['ICH_QUIET'] = '1'
+        warnings.filterwarnings('ignore', module='torch')  # Its deprecations are for us to mend, not for users
         try: f(*args, quiet=quiet, **kwargs)
         except KeyboardInterrupt: raise CliError('interrupted: run the same command again and it goes on from here') from None
     return call_parse(run)
@@ -40,7 +41,7 @@ def phantom(
     write_phantoms(dest, n_studies=n_studies, seed=seed, size=size, n_workers=n_workers)
     _say(f'{n_studies} phantom studies in {dest}: next, `ich-metadata {dest}/stage_2_train RUN --labels {dest}/stage_2_train.csv`')
 
-# %% ../nbs/50_cli.ipynb #36860fb4
+# %% ../nbs/50_cli.ipynb #7edb6606
 def _read_into(run, src, n_workers):
     "Metadata and errors of `src` into the run folder; what was read is kept until all is"
     from ich_fastai.metadata import read_metadata
@@ -52,13 +53,13 @@ def _read_into(run, src, n_workers):
     shutil.rmtree(lots)
     return frame, errors
 
-def _read_labels_into(run, frame, path, seed):
+def _read_labels_into(run, frame, path, seed, **shares):
     "Labels and split into the run folder"
     from ich_fastai.labels import coverage, read_labels, split_patients
     labels = read_labels(path)
     counts = coverage(frame, labels)
     run.write('labels', labels)
-    split = split_patients(labels, frame, seed=seed)
+    split = split_patients(labels, frame, seed=seed, **shares)
     run.write('split', split)
     run.record(labels=str(path), seed=seed, coverage=counts, label_rows_merged=labels.attrs['merged'])
     return labels.loc[split.index], split, counts
@@ -154,7 +155,7 @@ def compare(
     board = compare_recipes(folder, recipes, seed=seed)
     _say(summary(board), f'report: {report(folder)}')
 
-# %% ../nbs/50_cli.ipynb #dbe5046f
+# %% ../nbs/50_cli.ipynb #0556d689
 _demo_recipes = ('bright_pixels', 'khandelwal_metadata_forest', 'demo_resnet18', 'demo_densenet121', 'demo_alexnet')
 
 def _quick(recipe):
@@ -167,7 +168,7 @@ def _quick(recipe):
 @command
 def demo(
     out:str='demo', # Folder to write to
-    quick:bool=False, # A tenth of the data, an epoch each: to see that everything runs
+    quick:bool=False, # Small pictures, one epoch each: to see that everything runs
     seed:int=0, # Of phantoms, split and weights
     quiet:bool=False, # No progress bars, no summary
 ):
@@ -180,15 +181,15 @@ def demo(
     folder = Run(out, create=True)
     phantoms = folder.path/'phantoms'
     _say('1/4 phantoms: synthetic heads, not patients')
-    write_phantoms(phantoms, n_studies=16 if quick else 90, seed=seed, size=128 if quick else 256)
+    write_phantoms(phantoms, n_studies=40 if quick else 80, seed=seed, size=64 if quick else 256)
     _say('2/4 metadata and labels')
     if not folder.has('split'):
         frame, errors = _read_into(folder, phantoms/'stage_2_train', 2)
-        _read_labels_into(folder, frame, phantoms/'stage_2_train.csv', seed)
+        _read_labels_into(folder, frame, phantoms/'stage_2_train.csv', seed, valid=.15, test=.3)  # A wide test side, for narrower intervals
         folder.record(source='phantoms: synthetic heads, not patients')
         _metadata_summary(folder, frame, errors)
     _say('3/4 clean images')
-    clean_images(folder.read('metadata'), folder.images, 128)
+    clean_images(folder.read('metadata'), folder.images, 64 if quick else 128)
     _say('4/4 train and compare')
     board = compare_recipes(folder, [_quick(r) if quick else get_recipe(r) for r in _demo_recipes], seed=seed)
     _say(summary(board), f'report: {report(folder)}', 'Research use, not a medical device. Phantoms are not patients.')

@@ -13,10 +13,10 @@ __all__ = ['PREVALENCE', 'HEADERS', 'Points', 'GRID', 'MIDDLE', 'DRAW', 'HOW_MAN
            'draw_subarachnoid', 'draw_bleeds', 'pushes', 'pushed', 'epidural', 'subdural', 'intraparenchymal',
            'intraventricular', 'subarachnoid', 'low_field', 'skull_fields', 'face_fields', 'folds', 'brain_fields',
            'space_fields', 'dura_fields', 'arteries', 'contrast_fields', 'calcified_fields', 'bleed_fields', 'lay',
-           'paint_outside', 'most', 'paint_brain', 'grain', 'band', 'streaks', 'star', 'holder', 'middle_mm',
-           'bone_haze', 'finish', 'anatomy', 'enhanced', 'paint', 'render', 'world_row', 'stored', 'digits',
-           'study_dataset', 'slice_path', 'odd_ones', 'write_slice', 'slice_labels', 'write_study', 'write_labels',
-           'settle', 'write_phantoms']
+           'paint_outside', 'most', 'paint_tissue', 'paint_brain', 'grain', 'band', 'streaks', 'star', 'holder',
+           'middle_mm', 'bone_haze', 'finish', 'anatomy', 'enhanced', 'paint', 'render', 'world_row', 'stored',
+           'digits', 'study_dataset', 'slice_path', 'odd_ones', 'write_slice', 'slice_labels', 'write_study',
+           'write_labels', 'settle', 'write_phantoms']
 
 # %% ../nbs/01_phantom.ipynb #3332ac0d
 import csv, json, os
@@ -281,7 +281,7 @@ def base_floor(
     uneven = 1.4*np.sin(x*.31+.11*y)*np.sin(y*.27-.07*x) + 1.8*pyramid*np.sin(y*.5+.3*x)
     return floor + uneven - 60*hole, thick
 
-# %% ../nbs/01_phantom.ipynb #ea229e91
+# %% ../nbs/01_phantom.ipynb #6f69f549
 def ventricles(
     p:Points, # Where, in the brain's own coordinates
     grow:float=0., # mm wider
@@ -293,7 +293,11 @@ def ventricles(
     fourth = both(ellipsoid(p, (0,38,2), (8, 6+grow, 12)), .35*np.abs(p.x)-(p.y-32))
     return union(both(tube(p, body, grow), 1.2-np.abs(p.x), .3*grow-deep_grey(p)), tube(p, temporal, .5*grow), third, fourth)
 
-def midbrain(p): return union(ellipsoid(p, (0,10,18), (15,12,14)), ellipsoid(p, (9,0,17), (7,7,10)), ellipsoid(p, (0,10,-2), (16,13,17)), ellipsoid(p, (0,28,-28), (7,6,18)))
+def midbrain(p):
+    "Midbrain with its peduncles, pons, medulla"
+    return union(ellipsoid(p, (0,10,18), (15,12,14)), ellipsoid(p, (9,0,17), (7,7,10)),
+                 ellipsoid(p, (0,10,-2), (16,13,17)), ellipsoid(p, (0,28,-28), (7,6,18)))
+
 def cerebellum(p): return union(ellipsoid(p, (22,45,-6), (30,27,22)), ellipsoid(p, (0,50,0), (20,24,22)))
 
 def cisterns(
@@ -302,7 +306,8 @@ def cisterns(
 ): # Below 0 inside
     "Suprasellar, ambient and quadrigeminal, prepontine, the great cistern, and the Sylvian stems"
     stem = midbrain(p)
-    suprasellar = union(ellipsoid(p, (0,-11,13), (9,7,6)), ellipsoid(p, (11,-16,13), (10,3.2,5)), ellipsoid(p, (0,-21,13), (3.5,8,5)), ellipsoid(p, (8,-4,13), (6,3,5)))
+    suprasellar = union(ellipsoid(p, (0,-11,13), (9,7,6)), ellipsoid(p, (11,-16,13), (10,3.2,5)),
+                        ellipsoid(p, (0,-21,13), (3.5,8,5)), ellipsoid(p, (8,-4,13), (6,3,5)))
     ambient = both(np.abs(stem-1.4) - (.8+.4*wide), p.z-27, 8-p.y, 9-np.abs(p.x))
     quad = both(union(ellipsoid(p, (0,25,25), (8,3+wide,8)), ellipsoid(p, (9,22,24), (7,1.8+.5*wide,7))), -stem)
     pons = both(np.abs(stem-1.6) - (1.2+.4*wide), p.z-10, p.y+1)
@@ -331,7 +336,7 @@ def insula(p): # The Sylvian fissure: mm from its sheet, and mm outside its boun
     lateral = both(39-x, np.abs(p.z-26)-15)
     return sheet, deep, limb, lateral
 
-# %% ../nbs/01_phantom.ipynb #08ea3e54
+# %% ../nbs/01_phantom.ipynb #a643f8ae
 def orbits(p): return ellipsoid(p, (31,-60,-7), (18,27,17))
 def globes(p): return ellipsoid(p, (31,-76,-7), (12,12.5,12))
 def eye_muscles(p):
@@ -357,7 +362,8 @@ def face_bone(p):
     jaw = tube(p, [(52,0,-16,5), (48,-8,-40,4.5), (44,-20,-75,5)])
     plates = tube(p, [(14,-28,-18,3), (17,-34,-50,2.5)])
     atlas = both(np.abs(np.hypot(p.x, (p.y-34)*.9)-21)-4, np.abs(p.z+44)-7)
-    return union(cheek, jaw, plates, atlas, ellipsoid(p, (19,26,-36), (9,12,7)), ellipsoid(p, (0,14,-45), (5.5,5.5,14)), ellipsoid(p, (0,-20,-8), (16,19,13)))
+    condyle, dens, body = ellipsoid(p, (19,26,-36), (9,12,7)), ellipsoid(p, (0,14,-45), (5.5,5.5,14)), ellipsoid(p, (0,-20,-8), (16,19,13))
+    return union(cheek, jaw, plates, atlas, condyle, dens, body)
 
 def face_skin(p):
     "Face, nose and neck"
@@ -365,7 +371,7 @@ def face_skin(p):
     x = p.x*(1 - .004*np.minimum(p.y+42, 0))
     return union(ellipsoid(Points(x, p.y, p.z), (0,-42,-25), (68,54,62)), nose, both(np.sqrt((p.x/66)**2 + ((p.y-28)/66)**2)*66-66, p.z-5))
 
-# %% ../nbs/01_phantom.ipynb #ddeddb65
+# %% ../nbs/01_phantom.ipynb #92b27365
 @dataclass
 class Scan:
     "Where each pixel lies: DICOM's geometry, with the head's place in it"
@@ -413,7 +419,7 @@ def draw_scan(
     origin[:,1] += (size-rows)/2 * fov/size * np.cos(tilt)
     return Scan(pixel=fov/size, rows=rows, columns=size, spacing=spacing, tilt=tilt, origin=origin,
                 rotation=turn(2, yaw) @ turn(1, roll) @ turn(0, pitch-tilt), table=(rng.uniform(104, 114), rng.uniform(115, 160)),
-                haze=rng.uniform(8, 40), cupping=rng.uniform(0, 22), noise=3.5+9*rng.beta(1, 1.8), streak=rng.uniform(2, 15), z0=rng.uniform(0, 400))
+                haze=rng.uniform(8, 40), cupping=rng.uniform(0, 22), noise=3+6.5*rng.beta(1, 1.6), streak=rng.uniform(2, 15), z0=rng.uniform(0, 400))
 
 GRID = 120 # Coarse points across the image, about 2 mm apart: the anatomy is computed there
 
@@ -731,11 +737,13 @@ def dura_fields(canvas, p, b, deep, sheet, notch, half):
     transverse, straight = both(np.abs(sheet)-3, deep-4.5, 25-p.y), both(np.hypot(p.x, sheet+1)-2.5, 28-p.y)
     canvas.solid('vein', both(union(sagittal, transverse, straight), .4-deep))
 
-# %% ../nbs/01_phantom.ipynb #55bd3c31
+# %% ../nbs/01_phantom.ipynb #13c14de4
 def arteries(p):
     "Carotid, middle and anterior cerebral, basilar and posterior cerebral arteries"
-    return union(tube(p, [(11,-14,0,2.2), (11,-12,13,2), (24,-15,17,1.6), (38,-12,21,1.4), (42,2,29,1.1)]), tube(p, [(0,-4,-14,1.8), (0,-5,10,1.8)]),
-                 tube(p, [(11,-12,13,1.5), (1.5,-20,16,1.4), (1.5,-37,30,1.3), (1.5,-28,50,1)]), tube(p, [(1,-5,10,1.5), (14,6,16,1.4), (16,24,22,1.1)]))
+    middle = [(11,-14,0,2.2), (11,-12,13,2), (24,-15,17,1.6), (38,-12,21,1.4), (42,2,29,1.1)]
+    anterior = [(11,-12,13,1.5), (1.5,-20,16,1.4), (1.5,-37,30,1.3), (1.5,-28,50,1)]
+    basilar, posterior = [(0,-4,-14,1.8), (0,-5,10,1.8)], [(1,-5,10,1.5), (14,6,16,1.4), (16,24,22,1.1)]
+    return union(*(tube(p, path) for path in (middle, anterior, basilar, posterior)))
 
 def contrast_fields(canvas, b, deep, rng): # Vessels and dura full of contrast agent
     canvas.solid('artery', arteries(b) - .3)
@@ -752,7 +760,7 @@ def calcified_fields(canvas, b, deep, head, rng): # Bright spots that are not bl
     if head.ganglia: canvas.solid('ganglia', ellipsoid(b, (21,-2,31), (4.5,11,7)) + 2*spot)
     if head.falx_calcified: canvas.solid('plaque', ellipsoid(b, (0,head.falx_calcified,66), (1.8,8,9)))
 
-# %% ../nbs/01_phantom.ipynb #bddeed2b
+# %% ../nbs/01_phantom.ipynb #7fdc6528
 def bleed_fields(
     canvas:Canvas,
     p:Points, b:Points, # Where, in the standard head and in the brain's own coordinates
@@ -783,39 +791,50 @@ def most(*shares): # Largest of the shares that are there
     shares = [s for s in shares if s is not None]
     return np.maximum.reduce(shares) if shares else None
 
+def paint_tissue(
+    canvas:Canvas,
+    k:int, # The slice
+    head:Head,
+    bleeds, # [Bleed], for their edema
+): # (HU inside the cavity, share of each pixel that is fluid around the brain)
+    "Brain in its fluid, before any blood"
+    c = canvas
+    hu = np.full((c.scan.rows, c.scan.columns), 7, np.float32)
+    brain, core, ribbon = c.cover('brain', k), c.cover('core', k), c.cover_sheet('sulcus', k, 3.2/c.scan.pixel)
+    lay(hu, head.grey, brain)
+    if core is not None and ribbon is not None: core = core*(1-ribbon)
+    lay(hu, head.white, core)
+    for name,value in (('deep', head.grey), ('hind', .7*head.grey+.3*head.white), ('stem', head.white+3), ('callosum', head.white), ('infarct', 15)):
+        lay(hu, value, c.cover(name, k))
+    for i in range(len(bleeds)): lay(hu, 19, c.cover(f'edema {i}', k))
+    space = most(*(c.cover_sheet(s, k) for s in ('sulcus', 'cleft', 'insula', 'limb')), c.cover('cistern', k), None if brain is None else 1-brain)
+    lay(hu, 7, space)
+    lay(hu, 22, c.cover_sheet('folia', k))
+    lay(hu, 6, c.cover('ventricle', k))
+    return hu, 0 if space is None else space
+
 def paint_brain(
     canvas:Canvas,
     k:int, # The slice
     head:Head,
     bleeds, # [Bleed]
 ): # (HU inside the cavity, {type: share of each pixel that is blood})
-    c, ribbon = canvas, 3.2/canvas.scan.pixel
-    hu = np.full((c.scan.rows, c.scan.columns), 7, np.float32)
-    brain = c.cover('brain', k)
-    lay(hu, head.grey, brain)
-    core, sulcal = c.cover('core', k), c.cover_sheet('sulcus', k, ribbon)
-    if core is not None and sulcal is not None: core = core*(1-sulcal)
-    lay(hu, head.white, core)
-    for name,value in (('deep', head.grey), ('hind', .7*head.grey+.3*head.white), ('stem', head.white+3), ('callosum', head.white), ('infarct', 15)):
-        lay(hu, value, c.cover(name, k))
-    for i,b in enumerate(bleeds): lay(hu, 19, c.cover(f'edema {i}', k))
-    space = most(*(c.cover_sheet(s, k) for s in ('sulcus', 'cleft', 'insula', 'limb')), c.cover('cistern', k), None if brain is None else 1-brain)
-    folia = c.cover_sheet('folia', k)
-    lay(hu, 7, space); lay(hu, 22, folia); lay(hu, 6, c.cover('ventricle', k))
-    blood = {}
+    "Brain, blood, and what looks like blood"
+    c, blood = canvas, {}
+    hu, space = paint_tissue(c, k, head, bleeds)
     for i,b in enumerate(bleeds):
         share = c.cover(f'bleed {i}', k)
         if share is None: continue
-        if b.kind=='subarachnoid': share = share*(0 if space is None else space)
+        if b.kind=='subarachnoid': share = share*space
         lay(hu, b.hu, share)
-        blood[b.kind] = np.maximum(blood[b.kind], share) if b.kind in blood else share
-    for name,value in (('falx', head.falx), ('tent', head.falx)): lay(hu, value, c.cover_sheet(name, k))
-    for name,value in (('vein', head.vein), ('choroid', head.choroid), ('pineal', head.pineal), ('ganglia', head.ganglia), ('plaque', 260), ('dura', 75), ('artery', head.vein)):
-        lay(hu, value, c.cover(name, k))
+        blood[b.kind] = np.maximum(blood.get(b.kind, 0), share)
+    for name in ('falx', 'tent'): lay(hu, head.falx, c.cover_sheet(name, k))
+    bright = dict(vein=head.vein, choroid=head.choroid, pineal=head.pineal, ganglia=head.ganglia, plaque=260, dura=75, artery=head.vein)
+    for name,value in bright.items(): lay(hu, value, c.cover(name, k))
     lay(hu, .7*head.vein, c.cover_sheet('pial', k))
     return hu, blood
 
-# %% ../nbs/01_phantom.ipynb #916155ae
+# %% ../nbs/01_phantom.ipynb #9432dfaf
 def grain(
     rng, # Generator
     scan:Scan,
@@ -827,8 +846,9 @@ def grain(
     return n * np.float32(scan.noise*(.47/scan.pixel)**.5 / n.std())
 
 def band(rng, width): # Smooth random profile of one variable
-    knots = np.interp(np.arange(0, 400, 1), np.arange(0, 400+width, width), rng.standard_normal(len(np.arange(0, 400+width, width)))).astype(np.float32)
-    return lambda t: knots[np.clip((t+200).astype(int), 0, 399)]
+    knots = np.arange(0, 400+width, width)
+    profile = np.interp(np.arange(400), knots, rng.standard_normal(len(knots))).astype(np.float32)
+    return lambda t: profile[np.clip((t+200).astype(int), 0, 399)]
 
 def streaks(
     rng, # Generator
@@ -1043,7 +1063,7 @@ def write_study(
             np.savez_compressed(f, mask=truth, images=np.array(images), labels=slice_labels(truth, scan.pixel), types=np.array(TYPES))
     return done
 
-# %% ../nbs/01_phantom.ipynb #dff419b9
+# %% ../nbs/01_phantom.ipynb #53b77515
 def write_labels(studies, dest, duplicate_rows, seed): # The label file: six rows an image, a few of them twice
     rows = []
     for s in studies:
@@ -1062,7 +1082,7 @@ def settle(dest, settings): # Keep the settings in dest/phantom.json; a folder m
         old = json.loads(path.read_text())
         other = [k for k in settings if old.get(k)!=settings[k]]
         if other: raise CliError(f"{dest} holds phantoms made with another {' and '.join(other)}: choose another folder, or delete it")
-        for p in dest.glob('*/.*.part'): p.unlink() # Left by a run that was killed
+        for p in dest.rglob('.*.part'): p.unlink() # Left by a run that was killed
     elif dest.exists() and any(dest.iterdir()): raise CliError(f'{dest} is not empty and holds no phantom.json: choose another folder')
     with write_whole(path) as part: part.write_text(json.dumps(settings, indent=1))
 
