@@ -155,7 +155,7 @@ def compare(
     board = compare_recipes(folder, recipes, seed=seed)
     _say(summary(board), f'report: {report(folder)}')
 
-# %% ../nbs/50_cli.ipynb #0556d689
+# %% ../nbs/50_cli.ipynb #406854f0
 _demo_recipes = ('bright_pixels', 'khandelwal_metadata_forest', 'demo_resnet18', 'demo_densenet121', 'demo_alexnet')
 
 def _quick(recipe):
@@ -176,16 +176,17 @@ def demo(
     from ich_fastai.core import Run
     from ich_fastai.clean import clean_images
     from ich_fastai.compare import compare as compare_recipes, report, summary
-    from ich_fastai.phantom import write_phantoms
+    from ich_fastai.phantom import PREVALENCE, write_phantoms
     from ich_fastai.recipes import get_recipe
     folder = Run(out, create=True)
     phantoms = folder.path/'phantoms'
     _say('1/4 phantoms: synthetic heads, not patients')
-    write_phantoms(phantoms, n_studies=40 if quick else 80, seed=seed, size=64 if quick else 256)
+    write_phantoms(phantoms, n_studies=40 if quick else 140, seed=seed, size=64 if quick else 256,
+                   prevalence={label: 1.4*share for label, share in PREVALENCE.items()})  # More bleeds than in RSNA: more to learn from in minutes
     _say('2/4 metadata and labels')
     if not folder.has('split'):
         frame, errors = _read_into(folder, phantoms/'stage_2_train', 2)
-        _read_labels_into(folder, frame, phantoms/'stage_2_train.csv', seed, valid=.15, test=.3)  # A wide test side, for narrower intervals
+        _read_labels_into(folder, frame, phantoms/'stage_2_train.csv', seed, valid=.12, test=.25)  # A wide test side, for narrower intervals
         folder.record(source='phantoms: synthetic heads, not patients')
         _metadata_summary(folder, frame, errors)
     _say('3/4 clean images')

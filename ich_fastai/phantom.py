@@ -371,7 +371,7 @@ def face_skin(p):
     x = p.x*(1 - .004*np.minimum(p.y+42, 0))
     return union(ellipsoid(Points(x, p.y, p.z), (0,-42,-25), (68,54,62)), nose, both(np.sqrt((p.x/66)**2 + ((p.y-28)/66)**2)*66-66, p.z-5))
 
-# %% ../nbs/01_phantom.ipynb #92b27365
+# %% ../nbs/01_phantom.ipynb #9177cec9
 @dataclass
 class Scan:
     "Where each pixel lies: DICOM's geometry, with the head's place in it"
@@ -396,7 +396,7 @@ def turn(axis, angle): # Rotation matrix about x, y or z (0, 1, 2)
     return m
 
 def slice_heights(rng, study, spacing, top): # mm along the normal from the head's origin, bottom first
-    h = np.arange(rng.uniform(-46, -24), top, spacing)
+    h = np.arange(rng.uniform(-42, -22), top, spacing)
     i = int(rng.integers(4, len(h)-4))
     if study.uneven: h[i:] += spacing*rng.uniform(.8, 1.4)
     if study.equal_z: h[i+2] = h[i+1]
@@ -411,7 +411,7 @@ def draw_scan(
     "Place a head in the scanner"
     fov, spacing = rng.uniform(226, 250), rng.choice([4.8, 5, 5, 5, 5.5])
     tilt = np.radians(rng.uniform(10, 22)) if study.tilted else 0.
-    h = slice_heights(rng, study, spacing, 104*head.scale[2] + head.bone + head.scalp + rng.uniform(0, 14))
+    h = slice_heights(rng, study, spacing, 104*head.scale[2] + head.bone + head.scalp + rng.uniform(0, 9))
     v0, x0 = fov/2 - 42*np.tan(tilt) + rng.normal(0, 3), -fov/2 + rng.normal(0, 4)
     origin = np.stack([np.full(len(h), x0), np.full(len(h), -v0*np.cos(tilt)), v0*np.sin(tilt) + h/np.cos(tilt)], 1)
     yaw, roll, pitch = np.radians(rng.normal(0, (5, 2.5, 4)))
@@ -419,7 +419,7 @@ def draw_scan(
     origin[:,1] += (size-rows)/2 * fov/size * np.cos(tilt)
     return Scan(pixel=fov/size, rows=rows, columns=size, spacing=spacing, tilt=tilt, origin=origin,
                 rotation=turn(2, yaw) @ turn(1, roll) @ turn(0, pitch-tilt), table=(rng.uniform(104, 114), rng.uniform(115, 160)),
-                haze=rng.uniform(8, 40), cupping=rng.uniform(0, 22), noise=3+6.5*rng.beta(1, 1.6), streak=rng.uniform(2, 15), z0=rng.uniform(0, 400))
+                haze=rng.uniform(8, 48), cupping=rng.uniform(0, 36), noise=3.4+7.6*rng.beta(1, 1.5), streak=rng.uniform(2, 15), z0=rng.uniform(0, 400))
 
 GRID = 120 # Coarse points across the image, about 2 mm apart: the anatomy is computed there
 
@@ -484,7 +484,7 @@ class Canvas:
         half = self.fine(name+' half', k) + np.float32(more)
         return np.clip(np.minimum(.5 + half - np.abs(self.fine(name, k)), 2*half), 0, 1)
 
-# %% ../nbs/01_phantom.ipynb #7320323f
+# %% ../nbs/01_phantom.ipynb #c7e1a816
 @dataclass
 class Bleed:
     "One hemorrhage"
@@ -529,7 +529,7 @@ def draw_intraparenchymal(rng, head, side):
     if c is None:
         n = pole(1, rng.uniform(-65, 65), rng.uniform(5, 60))
         c = on_vault(head, n) - n*rng.uniform(14, 32)
-    r = np.clip(rng.lognormal(2.65, .4), 6, 26) * (.55 if form=='pons' else .75 if form=='thalamus' else 1)
+    r = np.clip(rng.lognormal(2.58, .4), 6, 26) * (.55 if form=='pons' else .75 if form=='thalamus' else 1)
     radii = r*rng.uniform(.75, 1.3, 3)
     c = np.array(c) + rng.normal(0, 2.5, 3)
     return Bleed('intraparenchymal', age_hu(rng), side, (abs(c[0]), c[1], c[2]), tuple(radii), form, edema=rng.uniform(1.5, 9))
@@ -537,14 +537,14 @@ def draw_intraparenchymal(rng, head, side):
 def draw_intraventricular(rng, head, side):
     form = rng.choice(['level', 'cast'], p=[.65, .35])
     return Bleed('intraventricular', rng.uniform(54, 80), side, (12, rng.uniform(-20, 20), 50),
-                 (rng.uniform(24, 46), rng.uniform(18, 40), rng.random()), form) # y of the fluid level; reach of the cast; below .5: both sides
+                 (rng.uniform(20, 39), rng.uniform(18, 40), rng.random()), form) # y of the fluid level; reach of the cast; below .5: both sides
 
 def draw_subarachnoid(rng, head, side):
     form = rng.choice(['basal', 'sylvian', 'convexity'], p=[.35, .25, .4])
-    if form=='basal': c, r = (0, -8, 14), rng.uniform((24, 24, 14), (44, 42, 24))
+    if form=='basal': c, r = (0, -8, 14), rng.uniform((22, 22, 13), (42, 38, 21))
     if form=='sylvian': c, r = (44, -6, 26), rng.uniform((16, 22, 14), (26, 34, 24))
     if form=='convexity':
-        c, r = on_vault(head, pole(1, rng.uniform(-70, 70), rng.uniform(10, 65))), np.full(3, rng.uniform(22, 38))
+        c, r = on_vault(head, pole(1, rng.uniform(-70, 70), rng.uniform(10, 65))), np.full(3, rng.uniform(19, 33))
         c = (abs(c[0]), c[1], c[2])
     return Bleed('subarachnoid', rng.uniform(55, 78), side, tuple(c), tuple(r), form)
 

@@ -157,13 +157,13 @@ khandelwal_metadata_forest = add(Recipe('khandelwal_metadata_forest', kind='meta
 bright_pixels = add(Recipe('bright_pixels', kind='bright_pixels', labels=('any',),
     source="ours: count of pixels 20 HU above the brain's mean, the best single classical feature"))
 
-# %% ../nbs/02_recipes.ipynb #d72e2b80
+# %% ../nbs/02_recipes.ipynb #8ca60276
 demo_resnet18 = add(Recipe(
     'demo_resnet18', source='ours: a first result in minutes on a CPU',
     arch='resnet18', pretrained=False,         # No network in the demo, so no weights to fetch
     view='windows',                            # With so few slices learned faster than 'hist': log loss 0.24 against 0.38 on phantoms
     sizes=(64, 128), batch_sizes=(32, 32),     # Small batches: few slices, so more steps an epoch
-    epochs=(8, 2), lr=3e-3, lr_unfrozen=1e-3,  # The second cycle starts from what the first has learned
+    epochs=(10, 2), lr=3e-3, lr_unfrozen=1e-3, # The second cycle starts from what the first has learned
     precision='bf16',                          # Faster on CPUs with AVX-512 BF16, as accurate here
 ))
 demo_densenet121 = add(replace(demo_resnet18, name='demo_densenet121', arch='densenet121', epochs=(6, 1)))  # Twice as slow a slice
