@@ -488,7 +488,7 @@ def _about(run, names, seed):
     rows = [{'what': k.replace('_', ' '), 'value': str(v)} for k, v in said.items() if v != '']
     return Section(H2('What the run was'), _table(rows, text=('what', 'value')))
 
-# %% ../nbs/32_compare.ipynb #378770ac
+# %% ../nbs/32_compare.ipynb #f81edea7
 _css = '''
 :root { --ink: #1b1f24; --soft: #5c6670; --line: #dde2e7; --paper: #fff; --wash: #f5f7f9; --warn: #8a3b00; --warnwash: #fff3e3; }
 @media (prefers-color-scheme: dark) {
@@ -574,8 +574,7 @@ def report(
     seed = int(board.seed.iloc[0])
     names = board[(board.board == 'any') & (board.slices == 'all') & (board.kind != 'reference')].recipe.tolist()
     store, labels, split = Store(run.images), run.read('labels'), run.read('split')
-    with plt.ioff():
-        page = _page(_top(run, board, names, seed), _boards(board), _data(run, store, labels, split),
-                     *[_recipe(run, name, seed, store, labels, n) for name in names], _about(run, names, seed))
+    page = _page(_top(run, board, names, seed), _boards(board), _data(run, store, labels, split),
+                 *[_recipe(run, name, seed, store, labels, n) for name in names], _about(run, names, seed))
     with write_whole(run.path/'report.html') as part: part.write_text(page, encoding='utf-8')
     return run.path/'report.html'
