@@ -181,7 +181,7 @@ def operating_points(
     rows = [_cut(predictions[l].to_numpy(np.float64), labels[l].to_numpy(bool), sensitivity) for l in LABELS]
     return pd.DataFrame(rows, list(LABELS), ['threshold', 'sensitivity', 'specificity'])
 
-# %% ../nbs/30_evaluate.ipynb #0804d123
+# %% ../nbs/30_evaluate.ipynb #97d90dc7
 def _spoken(predictions, labels):
     "The labels that the recipe speaks on and that have both classes"
     return [l for l in LABELS if predictions[l].notna().any() and 0 < labels[l].sum() < len(labels)]
@@ -215,7 +215,7 @@ def plot_roc(
     ax.plot([0, 1], [0, 1], color='.7', lw=1, ls=':')
     ax.set(xlabel='1 - specificity', ylabel='sensitivity', aspect='equal')
     ax.set_title(f'ROC: {_rows(predictions)}', fontsize=10)
-    ax.legend(fontsize=7, loc='lower right', title='AUROC (95 % interval)', title_fontsize=7, frameon=False)
+    if len(ax.lines) > 1: ax.legend(fontsize=7, loc='lower right', title='AUROC (95 % interval)', title_fontsize=7, frameon=False)  # Else no label has both classes
     return ax
 
 # %% ../nbs/30_evaluate.ipynb #1398d6d1
