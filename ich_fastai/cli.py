@@ -11,7 +11,7 @@ from functools import wraps
 
 from fastcore.script import CliError, call_parse
 
-# %% ../nbs/50_cli.ipynb #26815dce
+# %% ../nbs/50_cli.ipynb #c0219897
 def command(f):
     "A console script from `f`, which has a parameter `quiet`"
     @wraps(f)
@@ -20,6 +20,8 @@ def command(f):
         warnings.filterwarnings('ignore', module='torch')  # Its deprecations are for us to mend, not for users
         try: f(*args, quiet=quiet, **kwargs)
         except KeyboardInterrupt: raise CliError('interrupted: run the same command again and it goes on from here') from None
+        except OSError as e:  # A full disk, a folder in the place of a file: the edge is where all of them pass
+            raise CliError(f'{" ".join(str(e).split())}: check the path and the room on its disk, then run again') from None
     return call_parse(run)
 
 def _say(*lines):
@@ -41,28 +43,34 @@ def phantom(
     write_phantoms(dest, n_studies=n_studies, seed=seed, size=size, n_workers=n_workers)
     _say(f'{n_studies} phantom studies in {dest}: next, `ich-metadata {dest}/stage_2_train RUN --labels {dest}/stage_2_train.csv`')
 
-# %% ../nbs/50_cli.ipynb #7edb6606
+# %% ../nbs/50_cli.ipynb #37aa677e
 def _read_into(run, src, n_workers):
     "Metadata and errors of `src` into the run folder; what was read is kept until all is"
     from ich_fastai.metadata import read_metadata
     lots = run.path/'.lots'
     frame, errors = read_metadata(src, n_workers=n_workers, lots=lots)
     run.write('errors', errors)
-    if len(frame) == 0: raise CliError(f'no CT slice in {src}: {run.file("errors")} says why for each of {len(errors):,} files')
+    if len(frame) == 0:
+        shutil.rmtree(lots)
+        raise CliError(f'no CT slice in {src}, most often "{errors.message.mode()[0]}": {run.file("errors")} has all {len(errors):,} files')
     run.write('metadata', frame)
     shutil.rmtree(lots)
     return frame, errors
 
-def _read_labels_into(run, frame, path, seed, **shares):
+def _split_into(run, frame, labels, path, seed, **shares):
     "Labels and split into the run folder"
-    from ich_fastai.labels import coverage, read_labels, split_patients
-    labels = read_labels(path)
+    from ich_fastai.labels import coverage, split_patients
     counts = coverage(frame, labels)
     run.write('labels', labels)
     split = split_patients(labels, frame, seed=seed, **shares)
     run.write('split', split)
     run.record(labels=str(path), seed=seed, coverage=counts, label_rows_merged=labels.attrs['merged'])
     return labels.loc[split.index], split, counts
+
+def _same_source(run, src):
+    "Refuse to mix two sources in one run folder"
+    before = run.facts.get('source')
+    if run.has('metadata') and before != str(src): raise CliError(f'{run.path} holds what was read from {before}: choose another run folder, or delete it')
 
 def _metadata_summary(run, frame, errors):
     _say(f'{len(frame):,} slices of {frame.StudyInstanceUID.nunique():,} studies, {frame.PatientID.nunique():,} patients; '
@@ -83,18 +91,23 @@ def metadata(
 ):
     "Read every DICOM file into a frame of metadata, and the label file into labels and a split by patient"
     from ich_fastai.core import Run
+    from ich_fastai.labels import read_labels
     from ich_fastai.metadata import find_files
-    find_files(src)  # A wrong path must not leave a run folder behind
+    find_files(src)  # A wrong path must not leave a run folder behind, nor a wrong label file cost a long reading
+    truth = None if labels is None else read_labels(labels)
     folder = Run(run, create=True)
+    _same_source(folder, src)
     frame, errors = _read_into(folder, src, n_workers)
     folder.record(source=str(src))
     _metadata_summary(folder, frame, errors)
-    if labels is None: return _say('no labels: give them with `--labels FILE` to train')
-    found, split, counts = _read_labels_into(folder, frame, labels, seed)
+    if truth is None: return _say('no labels: give them with `--labels FILE` to train', f'next: `ich-clean {run}`')
+    found, split, counts = _split_into(folder, frame, truth, labels, seed)
     _say(f'labels: {", ".join(f"{k} {int(v):,}" for k, v in found.sum().items())}')
     _say(', '.join(f"{v:,} {k.replace('_', ' ')}" for k, v in counts.items()))
-    _say('patients: ' + ', '.join(f'{n:,} {s}' for s, n in split.groupby('split').PatientID.nunique()[['train', 'valid', 'test']].items()),
-         f'next: `ich-clean {run}`')
+    _say('patients: ' + ', '.join(f'{n:,} {s}' for s, n in split.groupby('split').PatientID.nunique()[['train', 'valid', 'test']].items()))
+    empty = [side for side, n in found['any'].groupby(split['split']).sum().items() if n == 0]
+    if empty: _say(f'no bleed in {" and ".join(empty)}: figures there will be empty; give more patients, or another `--seed`')
+    _say(f'next: `ich-clean {run}`')
 
 # %% ../nbs/50_cli.ipynb #99628f77
 @command
@@ -155,7 +168,7 @@ def compare(
     board = compare_recipes(folder, recipes, seed=seed)
     _say(summary(board), f'report: {report(folder)}')
 
-# %% ../nbs/50_cli.ipynb #406854f0
+# %% ../nbs/50_cli.ipynb #31ba9fa7
 _demo_recipes = ('bright_pixels', 'khandelwal_metadata_forest', 'demo_resnet18', 'demo_densenet121', 'demo_alexnet')
 
 def _quick(recipe):
@@ -176,6 +189,7 @@ def demo(
     from ich_fastai.core import Run
     from ich_fastai.clean import clean_images
     from ich_fastai.compare import compare as compare_recipes, report, summary
+    from ich_fastai.labels import read_labels
     from ich_fastai.phantom import PREVALENCE, write_phantoms
     from ich_fastai.recipes import get_recipe
     folder = Run(out, create=True)
@@ -186,7 +200,8 @@ def demo(
     _say('2/4 metadata and labels')
     if not folder.has('split'):
         frame, errors = _read_into(folder, phantoms/'stage_2_train', 2)
-        _read_labels_into(folder, frame, phantoms/'stage_2_train.csv', seed, valid=.12, test=.25)  # A wide test side, for narrower intervals
+        labels = phantoms/'stage_2_train.csv'
+        _split_into(folder, frame, read_labels(labels), labels, seed, valid=.12, test=.25)  # A wide test side, for narrower intervals
         folder.record(source='phantoms: synthetic heads, not patients')
         _metadata_summary(folder, frame, errors)
     _say('3/4 clean images')

@@ -88,7 +88,7 @@ def progress(
     from fastprogress.fastprogress import progress_bar
     return progress_bar(items, total=total, comment=label, leave=False)
 
-# %% ../nbs/00_core.ipynb #4d59e8dc
+# %% ../nbs/00_core.ipynb #5c8f863b
 @contextmanager
 def _pool(n_workers):
     from concurrent.futures import ProcessPoolExecutor
@@ -107,6 +107,7 @@ def in_order(
     label:str='', # For the progress bar
 ):
     "`fn` of each item, in the order of the items"
+    if n_workers < 0: raise CliError(f'n_workers is {n_workers}: give 0 for this process, or the number of processes')
     if executor is None and n_workers:
         with _pool(n_workers) as pool: yield from in_order(fn, items, executor=pool, label=label)
     else: yield from progress((executor.map if executor else map)(fn, items), len(items), label)
@@ -129,7 +130,7 @@ def versions(
         except PackageNotFoundError: return 'not installed'
     return {'python': platform.python_version(), **{p: one(p) for p in packages}}
 
-# %% ../nbs/00_core.ipynb #c2f11b07
+# %% ../nbs/00_core.ipynb #c790c159
 _made_by = dict(metadata='ich-metadata SRC {run}', errors='ich-metadata SRC {run}', labels='ich-metadata SRC {run} --labels FILE',
                 split='ich-metadata SRC {run} --labels FILE', index='ich-clean {run}')
 
@@ -158,7 +159,8 @@ class Run:
         "The frame `name`, or an error that names the command that makes it"
         import pandas as pd
         if not self.has(name): raise CliError(f'no {self.file(name)}: make it with `{_made_by[name].format(run=self.path)}`')
-        return pd.read_parquet(self.file(name), columns=columns)
+        try: return pd.read_parquet(self.file(name), columns=columns)
+        except ValueError as e: raise CliError(f'{self.file(name)} is damaged ({e}): make it again with `{_made_by[name].format(run=self.path)}`') from e
 
     def write(self,
         name:str, # As for `read`

@@ -73,7 +73,7 @@ def coverage(
     if both == 0: raise CliError('no image has a label: does the label file belong to these files?')
     return dict(labelled=both, images_without_labels=len(metadata) - both, labels_without_images=len(labels) - both)
 
-# %% ../nbs/12_labels.ipynb #de8cee66
+# %% ../nbs/12_labels.ipynb #245d120a
 def check_patients(
     split:pd.DataFrame, # Columns `split` and `PatientID`
 ):
@@ -99,6 +99,8 @@ def split_patients(
 )->pd.DataFrame: # By image: split ('train', 'valid' or 'test') and PatientID
     "A stratified split in which no patient is on two sides"
     coverage(metadata, labels)
+    if not (valid > 0 and test > 0 and valid + test < 1): raise CliError(f'valid={valid} and test={test}: both must be above 0, and below 1 together')
+    if metadata.PatientID.isna().any(): raise CliError(f'{metadata.PatientID.isna().sum():,} slices have no PatientID: a split by patient needs it')
     patient = metadata.loc[metadata.index.isin(labels.index), 'PatientID']
     profile = labels.loc[patient.index].groupby(patient).any().sort_index()
     if len(profile) < 3: raise CliError(f'{len(profile)} patients cannot be split three ways: give at least 3')

@@ -73,7 +73,7 @@ def _network_facts(recipe, model, found, history):
                 precision=recipe.precision, lr=recipe.lr or suggested, lr_suggested=suggested, seconds=history['seconds'].sum(),
                 images_per_second=history['images'].sum()/history['train_seconds'].sum())
 
-# %% ../nbs/27_run.ipynb #392eee65
+# %% ../nbs/27_run.ipynb #dfd202d1
 def run_recipe(
     run, # A run folder with metadata, labels, split and image store
     recipe, # A name, a `Recipe` or a TOML file
@@ -84,7 +84,7 @@ def run_recipe(
     run, recipe = Run(run), get_recipe(recipe)
     folder = run.model(recipe.name, seed)
     _open_folder(folder, recipe, resume)
-    if (folder/'predictions.parquet').exists(): return pd.read_parquet(folder/'predictions.parquet')
+    if (folder/'predictions.parquet').exists(): return _kept_predictions(folder, run.read('split'))
     store, start = Store(run.images), perf_counter()
     _check_sizes(store, recipe)
     set_seed(seed)
@@ -97,6 +97,13 @@ def run_recipe(
     facts.update(_learned_from(run, recipe, store, seed))
     _write_result(folder, recipe, seed, facts, predictions)
     return predictions
+
+def _kept_predictions(folder, split):
+    "Predictions made before, where they are of this split"
+    kept = pd.read_parquet(folder/'predictions.parquet')
+    if set(kept.index) - set(split.index) or (kept['split'] != split['split'].reindex(kept.index)).any():
+        raise CliError(f'{folder} was trained on another split: delete it to train anew')
+    return kept
 
 def _check_sizes(store, recipe):
     missing = sorted(set(recipe.sizes) - set(store.sizes)) if recipe.kind == 'cnn' else []
