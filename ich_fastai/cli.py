@@ -43,7 +43,7 @@ def phantom(
     write_phantoms(dest, n_studies=n_studies, seed=seed, size=size, n_workers=n_workers)
     _say(f'{n_studies} phantom studies in {dest}: next, `ich-metadata {dest}/stage_2_train RUN --labels {dest}/stage_2_train.csv`')
 
-# %% ../nbs/50_cli.ipynb #37aa677e
+# %% ../nbs/50_cli.ipynb #c2319196
 def _read_into(run, src, n_workers):
     "Metadata and errors of `src` into the run folder; what was read is kept until all is"
     from ich_fastai.metadata import read_metadata
@@ -97,8 +97,8 @@ def metadata(
     truth = None if labels is None else read_labels(labels)
     folder = Run(run, create=True)
     _same_source(folder, src)
+    folder.record(source=str(src))  # Before the reading: an interrupted run must know its own source again
     frame, errors = _read_into(folder, src, n_workers)
-    folder.record(source=str(src))
     _metadata_summary(folder, frame, errors)
     if truth is None: return _say('no labels: give them with `--labels FILE` to train', f'next: `ich-clean {run}`')
     found, split, counts = _split_into(folder, frame, truth, labels, seed)
