@@ -8,10 +8,10 @@ __all__ = ['MAX_MB', 'MAX_ELEMENTS', 'SMALL', 'LONG', 'identifiers', 'MAX_VALUES
            'read_dicom', 'header', 'n_frames', 'stored_pixels', 'histogram', 'pixel_stats', 'wrap_state', 'rescale',
            'functional_groups', 'hu', 'slice_rows', 'window_lut', 'freqhist_bins', 'hist_lut']
 
-# %% ../nbs/10_dicom.ipynb #d6ac38f0
-import io, json, os, re, stat, struct, subprocess, sys, threading, warnings, zipfile, zlib
+# %% ../nbs/10_dicom.ipynb #60ce51fa
+import atexit, io, json, os, re, stat, struct, subprocess, sys, threading, warnings, zipfile, zlib
 from collections import namedtuple
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -149,7 +149,7 @@ identifiers = frozenset('''PatientBirthDate PatientBirthTime PatientAddress Pati
     ReferringPhysicianAddress ReferringPhysicianTelephoneNumbers RequestingService StationName DeviceSerialNumber ImageComments StudyComments
     RequestAttributesSequence AdmissionID PlacerOrderNumberImagingServiceRequest FillerOrderNumberImagingServiceRequest'''.split())
 
-# %% ../nbs/10_dicom.ipynb #f24a028a
+# %% ../nbs/10_dicom.ipynb #688eff03
 MAX_VALUES, MAX_TEXT, MAX_SEQUENCE = 16, 10_240, 16 << 20  # Values and characters of an element; bytes of a sequence that we count the items of
 
 _numbers = dict(US='H', SS='h', UL='L', SL='l', FL='f', FD='d', UV='Q', SV='q')
@@ -195,7 +195,7 @@ def _values(ds, tag, raw, vr):
     "The values of an element as a list of Python's own; empty for binary ones"
     values = None
     if isinstance(raw, RawDataElement):
-        try: values = _from_bytes(raw.VR or vr, raw.value, raw.is_little_endian)
+        try: values = _from_bytes(vr if raw.VR in (None, 'UN') else raw.VR, raw.value, raw.is_little_endian)
         except ValueError: pass
     if values is None: values = _by_pydicom(ds, tag, raw)
     if values and isinstance(values[0], (bytes, memoryview)): return []
@@ -272,7 +272,7 @@ def _check_length(there, size, frames):
     if there < size*frames: raise Refused('CutShort', f'{there:,} bytes of pixels where {size*frames:,} belong: the file is cut short')
     if there >= size*(frames + 1): raise Refused('NoPixels', f'{there:,} bytes of pixels where {size*frames:,} belong: header and pixels disagree')
 
-# %% ../nbs/10_dicom.ipynb #675161a7
+# %% ../nbs/10_dicom.ipynb #254c092b
 DECODE_SECONDS = 60  # A 512 x 512 slice takes some hundredths of a second
 
 _decoders, _decoding = {}, threading.Lock()  # By process, since a forked worker must not talk to its parent's
@@ -324,8 +324,18 @@ def _decoded(facts, data):
 
 def _start_decoder(max_mb):
     code = f'import sys; from ich_fastai.dicom import _decode_requests; _decode_requests(sys.stdin.buffer, sys.stdout.buffer, {int(max_mb)})'
+    atexit.register(_stop_decoder)
     environment = {**os.environ, 'OPENBLAS_NUM_THREADS': '1', 'PYTHONPATH': os.pathsep.join(p for p in sys.path if p)}
     return subprocess.Popen([sys.executable, '-c', code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment)
+
+def _stop_decoder():
+    "End this process's decoder, where there is one"
+    decoder = _decoders.pop(os.getpid(), None)
+    if decoder is None: return
+    decoder.kill()
+    decoder.wait()
+    for stream in (decoder.stdin, decoder.stdout):
+        with suppress(OSError): stream.close()  # What was not sent yet has nobody to go to
 
 def _decoded_outside(ds, frame, max_mb):
     "One frame, by the decoder's process"
@@ -339,9 +349,7 @@ def _decoded_outside(ds, frame, max_mb):
             _send(decoder.stdin, facts, bytes(ds.PixelData))
             answer, data = _receive(decoder.stdout)
         except (OSError, EOFError, ValueError) as e:
-            decoder.kill()
-            decoder.wait()
-            del _decoders[os.getpid()]
+            _stop_decoder()
             raise Refused('Undecodable', 'the pixels cannot be decoded: the decoder crashed, grew or took too long') from e
         finally: late.cancel()
     if 'error' in answer: raise Refused('Undecodable', f"the pixels cannot be decoded ({answer['error']})")
