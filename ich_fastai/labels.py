@@ -5,62 +5,91 @@
 # %% auto #0
 __all__ = ['read_labels', 'coverage', 'check_patients', 'split_patients', 'subset']
 
-# %% ../nbs/12_labels.ipynb #9cce3565
+# %% ../nbs/12_labels.ipynb #307ba335
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from fastcore.script import CliError
-from .core import LABELS, TYPES
+from .core import LABELS, TYPES, printable
 
-# %% ../nbs/12_labels.ipynb #f23245c4
-def _read_csv(path):
-    "Columns `ID` and `Label` as Arrow arrays"
+# %% ../nbs/12_labels.ipynb #350c971f
+def _columns(path):
+    import pyarrow.csv as csv
+    with csv.open_csv(path) as reader: names = reader.schema.names
+    if names.count('ID') == names.count('Label') == 1: return ['ID', 'Label']
+    raise CliError(f"{path} has the columns {printable(', '.join(names[:8]))}: a label file has ID and Label")
+
+def _batches(path):
+    "Columns `ID` and `Label` as Arrow texts, some 40,000 rows at a time"
     import pyarrow as pa, pyarrow.csv as csv
     if not path.is_file(): raise CliError(f'no label file {path}: check the path')
-    try: table = csv.read_csv(path)
-    except pa.ArrowInvalid as e: raise CliError(f'{path} is not a label file: {e}') from None
-    if not {'ID', 'Label'} <= set(table.column_names):
-        raise CliError(f"{path} has the columns {', '.join(table.column_names[:8])}: a label file has ID and Label")
-    return table['ID'].cast(pa.string()).combine_chunks(), table['Label'].combine_chunks()
+    try:
+        columns = _columns(path)
+        texts = csv.ConvertOptions(column_types=dict.fromkeys(columns, pa.string()), include_columns=columns)
+        with csv.open_csv(path, convert_options=texts) as reader: yield from (batch.columns for batch in reader)
+    except (pa.ArrowException, ValueError, OSError) as e: raise CliError(f'{path} is not a label file: {printable(e)}') from None
 
-def _refuse(path, what, bad, ids, values):
+def _cut(ids):
+    "The image that each ID names, and the number of its label, -1 where that is unknown"
+    import pyarrow as pa, pyarrow.compute as pc
+    label, length = np.full(len(ids), -1, np.int8), np.zeros(len(ids), np.int32)
+    for i, name in enumerate(LABELS):
+        ends = pc.ends_with(ids, f'_{name}').to_numpy(zero_copy_only=False)
+        label[ends], length[ends] = i, len(name) + 1
+    offsets = np.frombuffer(ids.buffers()[1], np.int32, len(ids) + 1, 4*ids.offset)  # ID i is the bytes from offsets[i] to offsets[i+1]
+    cuts = np.empty(2*len(ids) + 1, np.int32)
+    cuts[::2], cuts[1::2] = offsets, offsets[1:] - length
+    pieces = pa.StringArray.from_buffers(2*len(ids), pa.py_buffer(cuts), ids.buffers()[2])  # Image and label in turn
+    return pieces.take(pa.array(np.arange(0, 2*len(ids), 2))), label
+
+def _truth(values):
+    "0 and 1 as int8, -1 for what is neither"
+    coded = values.dictionary_encode()
+    number = pd.to_numeric(coded.dictionary.to_pandas(), errors='coerce')
+    return number.where(number.isin((0, 1)), -1).to_numpy(np.int8)[coded.indices]
+
+def _number_images(images):
+    "Number of the image of each row, and the images in the order in which they first stand"
+    import pyarrow as pa
+    coded = pa.chunked_array(images).dictionary_encode().chunks
+    return np.concatenate([c.indices for c in coded]), coded[-1].dictionary
+
+def _refuse(path, what, bad):
     "Raise a `CliError` with the first lines that are `bad`, where there are any"
+    import pyarrow as pa
     lines = np.flatnonzero(bad)
     if len(lines) == 0: return
-    first = '; '.join(f'line {i+2}: {ids[int(i)]},{values[int(i)]}' for i in lines[:3])
+    ids, values = map(pa.chunked_array, zip(*_batches(path)))
+    first = '; '.join(f'line {i+2}: ' + printable(f'{ids[int(i)]},{values[int(i)]}', 100) for i in lines[:3])
     raise CliError(f'{path}: {len(lines):,} rows with {what}: {first}')
 
 def read_labels(
     csv, # Path of a file with the columns ID (`<image>_<label>`) and Label (0 or 1)
 )->pd.DataFrame: # By image, six bool columns in the order of LABELS; `attrs['merged']` rows stood twice
     "One row an image from the official label file"
-    import pyarrow.compute as pc
     path = Path(csv)
-    ids, values = _read_csv(path)
-    label, image = np.full(len(ids), -1, np.int8), np.empty(len(ids), object)
-    for i, name in enumerate(LABELS):
-        ends = pc.fill_null(pc.ends_with(ids, f'_{name}'), False).to_numpy(zero_copy_only=False)
-        label[ends] = i
-        image[ends] = pc.utf8_slice_codeunits(ids.filter(ends), 0, -len(name)-1).to_numpy(zero_copy_only=False)
-    _refuse(path, 'an unknown label', label < 0, ids, values)
-    numbers = pd.to_numeric(values.to_pandas(), errors='coerce').to_numpy()
-    _refuse(path, 'a value other than 0 and 1', ~np.isin(numbers, (0, 1)), ids, values)
-    return _wide(path, image, label, numbers.astype(np.int64), ids, values)
+    batches = [(*_cut(ids), _truth(values)) for ids, values in _batches(path)]
+    if not batches: raise CliError(f'{path} has no rows: a label file has six for each image')
+    images, label, truth = zip(*batches)
+    label, truth = np.concatenate(label), np.concatenate(truth)
+    _refuse(path, 'an unknown label', label < 0)
+    _refuse(path, 'a value other than 0 and 1', truth < 0)
+    return _wide(path, *_number_images(images), label, truth)
 
-def _wide(path, image, label, numbers, ids, values):
+def _wide(path, image, names, label, truth):
     "One row an image, from one row a label"
-    codes, images = pd.factorize(image)
-    cell = codes*len(LABELS) + label
-    rows, ones = (np.bincount(cell, w, len(images)*len(LABELS)).astype(np.int64) for w in (None, numbers))
-    _refuse(path, 'labels that contradict each other', ((ones > 0) & (ones < rows))[cell], ids, values)
+    cell, n = image*len(LABELS) + label, len(names)*len(LABELS)
+    rows, ones = np.bincount(cell, minlength=n), np.bincount(cell[truth == 1], minlength=n)
+    _refuse(path, 'labels that contradict each other', ((ones > 0) & (ones < rows))[cell])
     missing = np.flatnonzero(rows == 0)
     if len(missing):
-        first = '; '.join(f'{images[i//len(LABELS)]}_{LABELS[i % len(LABELS)]}' for i in missing[:3])
+        first = '; '.join(printable(f'{names[int(i)//len(LABELS)]}_{LABELS[i % len(LABELS)]}', 100) for i in missing[:3])
         raise CliError(f'{path}: {len(missing):,} rows are missing: {first}')
-    frame = pd.DataFrame((ones > 0).reshape(-1, len(LABELS)), pd.Index(images, name='image'), LABELS)
-    _refuse(path, '`any` unlike the five types', (frame['any'] != frame[list(TYPES)].any(axis=1)).to_numpy()[codes], ids, values)
-    frame.attrs['merged'] = int((rows - 1).sum())
+    wide = (ones > 0).reshape(-1, len(LABELS))
+    _refuse(path, '`any` unlike the five types', (wide[:, -1] != wide[:, :-1].any(1))[image])
+    frame = pd.DataFrame(wide, pd.Index(names.to_pandas(), name='image'), LABELS)
+    frame.attrs['merged'] = len(cell) - n
     return frame
 
 # %% ../nbs/12_labels.ipynb #81c1a6d1
@@ -73,7 +102,7 @@ def coverage(
     if both == 0: raise CliError('no image has a label: does the label file belong to these files?')
     return dict(labelled=both, images_without_labels=len(metadata) - both, labels_without_images=len(labels) - both)
 
-# %% ../nbs/12_labels.ipynb #245d120a
+# %% ../nbs/12_labels.ipynb #bcec52b6
 def check_patients(
     split:pd.DataFrame, # Columns `split` and `PatientID`
 ):
@@ -85,6 +114,7 @@ def check_patients(
 def _draw(profile, share, seed):
     "Which patients belong to a stratified `share` of them, as a mask"
     from iterstrat.ml_stratifiers import MultilabelStratifiedShuffleSplit
+    profile = np.column_stack([profile[:, :len(TYPES)], ~profile[:, -1]])  # Five types and "none": with `any` in their place the sum of all would not fit
     n = max(1, round(len(profile)*share))
     splitter = MultilabelStratifiedShuffleSplit(n_splits=1, test_size=n, train_size=len(profile)-n, random_state=seed)
     chosen = next(splitter.split(profile, profile))[1]
