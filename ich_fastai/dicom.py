@@ -382,7 +382,7 @@ def pixel_stats(
     return dict(img_min=int(h.values[0]), img_max=int(h.values[-1]), img_mean=s/n, img_std=(n*s2 - s*s)**.5/n,
                 img_pct_window=float(h.counts[inside].sum()/n))
 
-# %% ../nbs/10_dicom.ipynb #1828d85f
+# %% ../nbs/10_dicom.ipynb #a67652e3
 WRAP, WRAPPED_AIR, PADDING = 4096, 3072, -2000
 
 def _may_be_wrapped(bits_stored, signed, intercept): return bits_stored == 12 and not signed and intercept > -100
@@ -399,8 +399,8 @@ def _wrapped_padding(raw):
     "The pixels of wrapped padding, as a mask, or None where there are none"
     from scipy.ndimage import label
     pad = raw == PADDING % WRAP
-    border = np.concatenate([pad[0], pad[-1], pad[:, 0], pad[:, -1]])
-    if not border.any() or pad.sum() <= 10*np.isin(raw, (PADDING % WRAP - 1, PADDING % WRAP + 1)).sum(): return None
+    if not any(edge.any() for edge in (pad[0], pad[-1], pad[:, 0], pad[:, -1])): return None
+    if np.count_nonzero(pad) <= 10*(np.count_nonzero(raw == PADDING % WRAP - 1) + np.count_nonzero(raw == PADDING % WRAP + 1)): return None
     regions = label(pad)[0]
     outside = np.unique(np.concatenate([regions[0], regions[-1], regions[:, 0], regions[:, -1]]))
     return np.isin(regions, outside[outside > 0])
@@ -426,7 +426,7 @@ def _items(ds, keyword):
     if keyword not in ds or _first(ds, keyword) is None: return []
     return ds[keyword].value
 
-# %% ../nbs/10_dicom.ipynb #b111ea09
+# %% ../nbs/10_dicom.ipynb #0fb13f45
 def hu(
     file, # A path, `archive.zip!member`, or a pydicom `Dataset`
     frame:int=1, # Of a multi-frame file, counted from 1
@@ -441,7 +441,7 @@ def hu(
 
 def _in_hu(raw, bits_stored, slope, intercept):
     signed = raw.dtype.kind == 'i'
-    if _may_be_wrapped(bits_stored, signed, intercept) and wrap_state(bits_stored, signed, intercept, histogram(raw)) == 'wrapped': return _unwrap(raw)
+    if _may_be_wrapped(bits_stored, signed, intercept) and np.count_nonzero(raw >= WRAPPED_AIR) >= raw.size/20: return _unwrap(raw)
     if slope == 1 and intercept.is_integer() and -32768 <= raw.min() + intercept and raw.max() + intercept <= 32767:
         return (raw.view(np.uint16) + np.uint16(intercept % 65536)).view(np.int16)  # Modulo 65536 is right where the result has 16 bits
     values = np.arange(65536, dtype=np.uint16).view(raw.dtype).astype(np.float64)*slope + intercept
@@ -449,7 +449,7 @@ def _in_hu(raw, bits_stored, slope, intercept):
 
 def _unwrap(raw):
     "HU from HU modulo 4096"
-    out = np.where(raw >= WRAPPED_AIR, raw.astype(np.int32) - WRAP, raw).astype(np.int16)
+    out = (raw - np.uint16(WRAP)*(raw >= WRAPPED_AIR)).view(np.int16)  # Modulo 65536
     padding = _wrapped_padding(raw)
     if padding is not None: out[padding] = PADDING
     return out
