@@ -34,7 +34,7 @@ class Refused(ValueError):
         super().__init__(message)
         self.kind = kind
 
-# %% ../nbs/10_dicom.ipynb #b021143d
+# %% ../nbs/10_dicom.ipynb #85a476b4
 MAX_ELEMENTS = 1_000_000  # An enhanced CT of 2,000 frames has some 100,000
 
 class _Deflated(Exception): pass
@@ -82,6 +82,7 @@ def _parse(data, max_bytes):
     try: ds = pydicom.dcmread(gate, force=True)
     except _Deflated: return _parse(_inflated(data, gate.tell(), max_bytes), max_bytes)
     if data[128:132] != b'DICM' and 'Modality' not in ds: raise Refused('NotDicom', 'not a DICOM file')
+    if len(ds) == 0: raise Refused('CutShort', 'no elements, or one that does not end: the file is cut short')  # pydicom then gives none at all
     return ds
 
 # %% ../nbs/10_dicom.ipynb #591ffde3
