@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['command', 'phantom', 'metadata', 'clean', 'train', 'compare', 'demo']
 
-# %% ../nbs/50_cli.ipynb #47028881
+# %% ../nbs/50_cli.ipynb #d698b49f
 import os, shutil, warnings
+from contextlib import nullcontext
 from functools import wraps
 
 from fastcore.script import CliError, call_parse
 
-# %% ../nbs/50_cli.ipynb #c0219897
+# %% ../nbs/50_cli.ipynb #e0f0f287
 def command(f):
     "A console script from `f`, which has a parameter `quiet`"
     @wraps(f)
@@ -19,14 +20,20 @@ def command(f):
         if quiet: os.environ['ICH_QUIET'] = '1'
         warnings.filterwarnings('ignore', module='torch')  # Its deprecations are for us to mend, not for users
         try: f(*args, quiet=quiet, **kwargs)
+        except CliError as e: raise CliError(_safe(e)) from e
         except KeyboardInterrupt: raise CliError('interrupted: run the same command again and it goes on from here') from None
         except OSError as e:  # A full disk, a folder in the place of a file: the edge is where all of them pass
-            raise CliError(f'{" ".join(str(e).split())}: check the path and the room on its disk, then run again') from None
+            raise CliError(f'{_safe(e)}: check the path and the room on its disk, then run again') from None
     return call_parse(run)
+
+def _safe(line):
+    "`line` without what a file's name or header could do to a terminal"
+    from ich_fastai.core import printable
+    return printable(line, 1000)
 
 def _say(*lines):
     "Lines for the person at the terminal"
-    if not os.environ.get('ICH_QUIET'): print(*lines, sep='\n', flush=True)
+    if not os.environ.get('ICH_QUIET'): print(*(_safe(line) if '\n' not in str(line) else line for line in lines), sep='\n', flush=True)
 
 # %% ../nbs/50_cli.ipynb #cd9062de
 @command
@@ -43,23 +50,27 @@ def phantom(
     write_phantoms(dest, n_studies=n_studies, seed=seed, size=size, n_workers=n_workers)
     _say(f'{n_studies} phantom studies in {dest}: next, `ich-metadata {dest}/stage_2_train RUN --labels {dest}/stage_2_train.csv`')
 
-# %% ../nbs/50_cli.ipynb #c2319196
-def _read_into(run, src, n_workers):
-    "Metadata and errors of `src` into the run folder; what was read is kept until all is"
-    from ich_fastai.metadata import read_metadata
-    lots = run.path/'.lots'
-    frame, errors = read_metadata(src, n_workers=n_workers, lots=lots)
-    run.write('errors', errors)
-    if len(frame) == 0:
-        shutil.rmtree(lots)
-        raise CliError(f'no CT slice in {src}, most often "{errors.message.mode()[0]}": {run.file("errors")} has all {len(errors):,} files')
-    run.write('metadata', frame)
-    shutil.rmtree(lots)
-    return frame, errors
+# %% ../nbs/50_cli.ipynb #c8fe332b
+def _executor(scheduler, *paths):
+    "The cluster's executor, or none"
+    from ich_fastai.core import cluster
+    return cluster(scheduler, paths) if scheduler else nullcontext()
 
-def _split_into(run, frame, labels, path, seed, **shares):
+def _read_into(run, src, **options):
+    "Metadata and errors of `src` into the run folder; what was read is kept until all is"
+    from ich_fastai.metadata import write_metadata
+    lots = run.path/'.lots'
+    slices, without = write_metadata(src, run.file('metadata'), run.file('errors'), lots=lots, **options)
+    shutil.rmtree(lots, ignore_errors=True)
+    if slices: return
+    run.file('metadata').unlink()
+    most = run.read('errors', columns=['message']).message.mode()[0]
+    raise CliError(f'no CT slice in {src}, most often "{most}": {run.file("errors")} has all {without:,} files')
+
+def _split_into(run, labels, path, seed, **shares):
     "Labels and split into the run folder"
     from ich_fastai.labels import coverage, split_patients
+    frame = run.read('metadata', columns=['PatientID'])
     counts = coverage(frame, labels)
     run.write('labels', labels)
     split = split_patients(labels, frame, seed=seed, **shares)
@@ -72,13 +83,28 @@ def _same_source(run, src):
     before = run.facts.get('source')
     if run.has('metadata') and before != str(src): raise CliError(f'{run.path} holds what was read from {before}: choose another run folder, or delete it')
 
-def _metadata_summary(run, frame, errors):
+def _counted(texts, most=5):
+    "Texts and how often they occur, as lines"
+    return [f'  {n:,} x {text}' for text, n in texts.value_counts().head(most).items()]
+
+def _metadata_summary(run):
+    "What was read, in a few lines; of thousands of remarks one line each kind"
+    frame, errors = run.read('metadata', columns=['StudyInstanceUID', 'PatientID', 'kept', 'hu_repair', 'notes']), run.read('errors', columns=['message'])
     _say(f'{len(frame):,} slices of {frame.StudyInstanceUID.nunique():,} studies, {frame.PatientID.nunique():,} patients; '
          f'{int(frame.kept.sum()):,} with enough brain')
-    repaired, suspect = (int((frame.hu_repair == s).sum()) for s in ('wrapped', 'suspect'))
+    repaired, suspect = (int((frame.hu_repair == state).sum()) for state in ('wrapped', 'suspect'))
     if repaired: _say(f'{repaired:,} slices had HU modulo 4096 and were repaired')
     if suspect: _say(f'{suspect:,} slices have 12 bits and intercept 0 but no wrapped air: check their HU (`hu_repair` is suspect)')
-    if len(errors): _say(f'{len(errors):,} files gave no slice, see {run.file("errors")}:', *(f'  {n:,} x {m}' for m, n in errors.message.value_counts().head(5).items()))
+    notes = frame.notes[frame.notes != '']
+    if len(notes): _say(f'{len(notes):,} slices are odd and kept, see `notes` in {run.file("metadata")}:', *_counted(notes.str.split('; ').explode().str.partition(':')[0]))
+    if len(errors): _say(f'{len(errors):,} files gave no slice, see {run.file("errors")}:', *_counted(errors.message))
+
+def _labels_summary(found, split, counts):
+    _say(f'labels: {", ".join(f"{k} {int(v):,}" for k, v in found.sum().items())}')
+    _say(', '.join(f"{v:,} {k.replace('_', ' ')}" for k, v in counts.items()))
+    _say('patients: ' + ', '.join(f'{n:,} {s}' for s, n in split.groupby('split').PatientID.nunique()[['train', 'valid', 'test']].items()))
+    empty = [side for side, n in found['any'].groupby(split['split']).sum().items() if n == 0]
+    if empty: _say(f'no bleed in {" and ".join(empty)}: figures there will be empty; give more patients, or another `--seed`')
 
 @command
 def metadata(
@@ -86,6 +112,8 @@ def metadata(
     run:str, # The run folder to make
     labels:str=None, # The official label file, with the columns ID and Label; without it there is no split and no training
     n_workers:int=2, # Processes; 0 works in this one
+    scheduler:str=None, # Address of a Dask scheduler, such as tcp://10.0.0.1:8786: read on its workers instead
+    max_mb:int=1024, # The most that one file may make us allocate, in MiB
     seed:int=0, # Of the split by patient
     quiet:bool=False, # No progress bars, no summary
 ):
@@ -93,23 +121,19 @@ def metadata(
     from ich_fastai.core import Run
     from ich_fastai.labels import read_labels
     from ich_fastai.metadata import find_files
+    if scheduler: src, run = os.path.abspath(src), os.path.abspath(run)
     find_files(src)  # A wrong path must not leave a run folder behind, nor a wrong label file cost a long reading
     truth = None if labels is None else read_labels(labels)
-    folder = Run(run, create=True)
-    _same_source(folder, src)
-    folder.record(source=str(src))  # Before the reading: an interrupted run must know its own source again
-    frame, errors = _read_into(folder, src, n_workers)
-    _metadata_summary(folder, frame, errors)
-    if truth is None: return _say('no labels: give them with `--labels FILE` to train', f'next: `ich-clean {run}`')
-    found, split, counts = _split_into(folder, frame, truth, labels, seed)
-    _say(f'labels: {", ".join(f"{k} {int(v):,}" for k, v in found.sum().items())}')
-    _say(', '.join(f"{v:,} {k.replace('_', ' ')}" for k, v in counts.items()))
-    _say('patients: ' + ', '.join(f'{n:,} {s}' for s, n in split.groupby('split').PatientID.nunique()[['train', 'valid', 'test']].items()))
-    empty = [side for side, n in found['any'].groupby(split['split']).sum().items() if n == 0]
-    if empty: _say(f'no bleed in {" and ".join(empty)}: figures there will be empty; give more patients, or another `--seed`')
-    _say(f'next: `ich-clean {run}`')
+    with Run(run, create=True).locked() as folder, _executor(scheduler, src, run) as executor:
+        _same_source(folder, src)
+        folder.record(source=str(src))  # Before the reading: an interrupted run must know its own source again
+        _read_into(folder, src, n_workers=n_workers, executor=executor, max_mb=max_mb)
+        _metadata_summary(folder)
+        if truth is None: return _say('no labels: give them with `--labels FILE` to train', f'next: `ich-clean {run}`')
+        _labels_summary(*_split_into(folder, truth, labels, seed))
+        _say(f'next: `ich-clean {run}`')
 
-# %% ../nbs/50_cli.ipynb #99628f77
+# %% ../nbs/50_cli.ipynb #be29792b
 @command
 def clean(
     run:str, # The run folder
@@ -117,16 +141,19 @@ def clean(
     min_brain:float=0.02, # Share of pixels in the brain window below which a slice does not train
     jpeg:bool=False, # Also write the slices as JPEG, three windows as colors, to look at?
     n_workers:int=2, # Processes; 0 works in this one
+    scheduler:str=None, # Address of a Dask scheduler, such as tcp://10.0.0.1:8786: clean on its workers instead
+    max_mb:int=1024, # The most that one file may make us allocate, in MiB
     quiet:bool=False, # No progress bars, no summary
 ):
     "Crop every slice to the head and resize it into the image store"
-    from ich_fastai.clean import Store, clean_images, export_jpegs
+    from ich_fastai.clean import CLEAN_COLUMNS, Store, clean_images, export_jpegs
     from ich_fastai.core import Run
-    folder = Run(run)
-    index = clean_images(folder.read('metadata'), folder.images, size, n_workers, min_brain=min_brain)
-    _say(f'{Store(folder.images)}; {int(index.kept.sum()):,} kept, {int((~index.kept).sum()):,} with less brain than {min_brain:g}')
-    if jpeg: _say(f'{export_jpegs(Store(folder.images), folder.path/"jpeg"):,} JPEG files in {folder.path/"jpeg"}')
-    _say(f'next: `ich-train {run} RECIPE` or `ich-compare {run} RECIPE RECIPE`')
+    if scheduler: run = os.path.abspath(run)
+    with Run(run).locked() as folder, _executor(scheduler, run) as executor:
+        index = clean_images(folder.read('metadata', columns=CLEAN_COLUMNS), folder.images, size, n_workers, executor, min_brain, max_mb)
+        _say(f'{Store(folder.images)}; {int(index.kept.sum()):,} kept, {int((~index.kept).sum()):,} with less brain than {min_brain:g}')
+        if jpeg: _say(f'{export_jpegs(Store(folder.images), folder.path/"jpeg"):,} JPEG files in {folder.path/"jpeg"}')
+        _say(f'next: `ich-train {run} RECIPE` or `ich-compare {run} RECIPE RECIPE`')
 
 # %% ../nbs/50_cli.ipynb #7793bbe6
 def _longer(recipe, epochs):
@@ -168,7 +195,7 @@ def compare(
     board = compare_recipes(folder, recipes, seed=seed)
     _say(summary(board), f'report: {report(folder)}')
 
-# %% ../nbs/50_cli.ipynb #31ba9fa7
+# %% ../nbs/50_cli.ipynb #4f510aa5
 _demo_recipes = ('bright_pixels', 'khandelwal_metadata_forest', 'demo_resnet18', 'demo_densenet121', 'demo_alexnet')
 
 def _quick(recipe):
@@ -199,11 +226,11 @@ def demo(
                    prevalence={label: 1.4*share for label, share in PREVALENCE.items()})  # More bleeds than in RSNA: more to learn from in minutes
     _say('2/4 metadata and labels')
     if not folder.has('split'):
-        frame, errors = _read_into(folder, phantoms/'stage_2_train', 2)
         labels = phantoms/'stage_2_train.csv'
-        _split_into(folder, frame, read_labels(labels), labels, seed, valid=.12, test=.25)  # A wide test side, for narrower intervals
+        _read_into(folder, phantoms/'stage_2_train')
+        _split_into(folder, read_labels(labels), labels, seed, valid=.12, test=.25)  # A wide test side, for narrower intervals
         folder.record(source='phantoms: synthetic heads, not patients')
-        _metadata_summary(folder, frame, errors)
+        _metadata_summary(folder)
     _say('3/4 clean images')
     clean_images(folder.read('metadata'), folder.images, 64 if quick else 128)
     _say('4/4 train and compare')
