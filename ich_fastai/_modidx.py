@@ -134,6 +134,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'ich_fastai.core.disk_errors': ('core.html#disk_errors', 'ich_fastai/core.py'),
                                  'ich_fastai.core.hardware': ('core.html#hardware', 'ich_fastai/core.py'),
                                  'ich_fastai.core.in_order': ('core.html#in_order', 'ich_fastai/core.py'),
+                                 'ich_fastai.core.keep_freed_memory': ('core.html#keep_freed_memory', 'ich_fastai/core.py'),
                                  'ich_fastai.core.pick': ('core.html#pick', 'ich_fastai/core.py'),
                                  'ich_fastai.core.printable': ('core.html#printable', 'ich_fastai/core.py'),
                                  'ich_fastai.core.progress': ('core.html#progress', 'ich_fastai/core.py'),

@@ -6,7 +6,7 @@
 __all__ = ['PART', 'CLEAN_COLUMNS', 'head_mask', 'head_box', 'crop', 'resize', 'store_sizes', 'clean_slice', 'clean_images',
            'Store', 'gray_levels', 'export_jpegs']
 
-# %% ../nbs/13_clean.ipynb #9af8e41b
+# %% ../nbs/13_clean.ipynb #291f224e
 import hashlib, json, re
 from functools import lru_cache, partial, reduce
 from pathlib import Path
@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 from fastcore.script import CliError
-from .core import WINDOWS, disk_errors, in_order, printable, progress, sweep, write_whole
+from .core import WINDOWS, disk_errors, in_order, keep_freed_memory, printable, progress, sweep, write_whole
 from .dicom import HU_MAX, HU_MIN, MAX_MB, hist_lut, hu, window_lut
 from .metadata import MIN_BRAIN, read_metadata
 
@@ -81,7 +81,7 @@ def head_box(
     def start(lo, hi, n): return min(max((lo + hi - side)//2, 0), n - side) if side <= n else (n - side)//2
     return *(start(lo, hi, n) for (lo, hi), n in zip(bounds, image.shape)), side
 
-# %% ../nbs/13_clean.ipynb #1d0f5cc6
+# %% ../nbs/13_clean.ipynb #00988d83
 def crop(
     image:np.ndarray, # HU [rows, columns]
     box:tuple, # (top, left, side), from `head_box`
@@ -97,19 +97,21 @@ def crop(
 
 @lru_cache(maxsize=1024)
 def _shares(n, size):
-    "The matrix from `n` pixels to `size`, in whole numbers, and what each of its rows adds up to"
+    "The matrix from `n` pixels to `size`, in whole numbers, in double and in single precision, and what each of its rows adds up to"
     from scipy import sparse
     old, new = np.arange(n), np.arange(size)[:, None]
     if n >= size: shares, total = np.minimum((new+1)*n, (old+1)*size) - np.maximum(new*n, old*size), n
     else: # Centers of new pixels between those of old ones, in units of 1/(2*size) pixel
         centers, total = np.clip((2*new+1)*n - size, 0, 2*size*(n-1)), 2*size
         shares = total - np.abs(centers - total*old)
-    return sparse.csr_array(np.maximum(shares, 0).astype(np.float64)), total
+    shares = sparse.csr_array(np.maximum(shares, 0).astype(np.float64))
+    return shares, shares.astype(np.float32), total
 
 def _sums(image, size):
     "(whole-numbered sums [size, size], what to divide them by)"
-    shares, total = _shares(len(image), size)
-    return _both_ways(shares, shares, image.astype(np.float64)), total**2
+    shares, short, total = _shares(len(image), size)
+    half = short @ image.astype(np.float32)  # Whole numbers below 2**24 up to 5,000 pixels, so these are exact
+    return (shares @ np.ascontiguousarray(half.T).astype(np.float64)).T, total**2
 
 def resize(
     image:np.ndarray, # HU [n, n]
@@ -143,7 +145,7 @@ PART = 256  # Slices a part: 32 MB at 256 px
 _index_columns = ['StudyInstanceUID', 'SeriesInstanceUID', 'PatientID', 'slice_no', 'z', 'img_pct_window']
 CLEAN_COLUMNS = ['fname', 'frame', 'img_mean', *_index_columns]  # All that `clean_images` reads of the metadata
 
-# %% ../nbs/13_clean.ipynb #19c6e088
+# %% ../nbs/13_clean.ipynb #8f9113b9
 _METHOD = 2  # Raised when the same files would give other pictures
 
 def _part_key(slices, size):
@@ -174,6 +176,7 @@ def _readable(fname, frame, max_mb):
 
 def _clean_part(job, dest, size, max_mb):
     "Make one part, where it is not there already; gives its key and its boxes [slices, 3]"
+    keep_freed_memory()
     number, slices = job
     key, (listed, arrays) = _part_key(slices, size), _files(dest, number, size)
     boxes = _boxes_of(listed, arrays, key, len(slices))

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['LABELS', 'TYPES', 'Window', 'WINDOWS', 'log', 'pick', 'printable', 'disk_errors', 'write_whole', 'sweep',
-           'show_progress', 'progress', 'in_order', 'hardware', 'versions', 'cluster', 'Run']
+           'show_progress', 'progress', 'in_order', 'hardware', 'versions', 'keep_freed_memory', 'cluster', 'Run']
 
-# %% ../nbs/00_core.ipynb #0a578738
+# %% ../nbs/00_core.ipynb #09453014
 import errno, json, logging, os, platform, secrets
 from collections import deque, namedtuple
 from contextlib import contextmanager
 from difflib import get_close_matches
+from functools import lru_cache
 from importlib.metadata import version, PackageNotFoundError
 from pathlib import Path
 
@@ -172,8 +173,20 @@ def versions(
         except PackageNotFoundError: return 'not installed'
     return {'python': platform.python_version(), **{p: one(p) for p in packages}}
 
-# %% ../nbs/00_core.ipynb #00244c95
+# %% ../nbs/00_core.ipynb #8134aaf1
 log = logging.getLogger('ich_fastai')
+
+@lru_cache(None)
+def keep_freed_memory():
+    """Undo, once in a worker process of Dask, that glibc gives back each array as soon as it is freed.
+
+    Its nanny sets this by MALLOC_TRIM_THRESHOLD_; a slice's work takes four times as long for it, all page faults."""
+    if 'MALLOC_TRIM_THRESHOLD_' not in os.environ: return
+    import ctypes
+    try: mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError): return  # Not glibc
+    mallopt(-1, 128 << 20)  # M_TRIM_THRESHOLD
+    mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD
 
 def _worker_state(paths): return versions(['ich_fastai'])['ich_fastai'], [p for p in paths if not os.path.exists(p)]
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MIN_BRAIN', 'ROW_GROUP', 'COLUMN_GROUP', 'find_files', 'slice_z', 'write_metadata', 'read_metadata']
 
-# %% ../nbs/11_metadata.ipynb #dbf2c593
+# %% ../nbs/11_metadata.ipynb #a7a9af58
 import hashlib, json, os, re, secrets, tempfile, zipfile
 from contextlib import ExitStack
 from functools import partial
@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from fastcore.script import CliError
 from . import __version__
-from .core import disk_errors, in_order, printable, progress, write_whole
+from .core import disk_errors, in_order, keep_freed_memory, printable, progress, write_whole
 from .dicom import MAX_MB, Refused, _archive_of, slice_rows
 
 # %% ../nbs/11_metadata.ipynb #10efe705
@@ -115,7 +115,7 @@ def _write_part(path, rows):
 def _part_schema(path):
     with pa.OSFile(str(path)) as f: return pa.ipc.open_file(f).schema
 
-# %% ../nbs/11_metadata.ipynb #7556d3dc
+# %% ../nbs/11_metadata.ipynb #1d49d177
 def _lots(files):
     "`files` in lots of 16 to 512: a fraction of a second of work each"
     size = min(max(len(files)//32, 16), 512)
@@ -133,6 +133,7 @@ def _is_whole(path):
 
 def _read_lot(fnames, folder, keep_phi=False, max_mb=MAX_MB):
     "The path of the table of a lot, read where `folder` does not have it yet"
+    keep_freed_memory()
     key = json.dumps([__version__, keep_phi, max_mb, *map(_stamp, fnames)])
     path = Path(folder)/f'{hashlib.blake2b(key.encode(), digest_size=12).hexdigest()}.arrow'
     if not _is_whole(path): _write_part(path, [row for f in fnames for row in _read_file(f, keep_phi, max_mb)])
