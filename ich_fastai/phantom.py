@@ -18,10 +18,9 @@ __all__ = ['PREVALENCE', 'HEADERS', 'Points', 'GRID', 'MIDDLE', 'DRAW', 'HOW_MAN
            'digits', 'study_dataset', 'slice_path', 'odd_ones', 'write_slice', 'slice_labels', 'write_study',
            'write_labels', 'settle', 'write_phantoms']
 
-# %% ../nbs/01_phantom.ipynb #3332ac0d
+# %% ../nbs/01_phantom.ipynb #7afd137f
 import csv, json, os
 from collections import namedtuple
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, asdict, replace
 from functools import partial
 from pathlib import Path
@@ -30,7 +29,7 @@ import numpy as np
 from scipy.ndimage import gaussian_filter, map_coordinates
 from fastcore.script import CliError
 
-from .core import LABELS, TYPES, disk_errors, progress, write_whole
+from .core import LABELS, TYPES, disk_errors, in_order, write_whole
 
 # %% ../nbs/01_phantom.ipynb #9bbb76cc
 PREVALENCE = dict(epidural=.016, intraparenchymal=.246, intraventricular=.170, subarachnoid=.182, subdural=.176, any=.410)
@@ -1063,7 +1062,7 @@ def write_study(
             np.savez_compressed(f, mask=truth, images=np.array(images), labels=slice_labels(truth, scan.pixel), types=np.array(TYPES))
     return done
 
-# %% ../nbs/01_phantom.ipynb #53b77515
+# %% ../nbs/01_phantom.ipynb #53db267b
 def write_labels(studies, dest, duplicate_rows, seed): # The label file: six rows an image, a few of them twice
     rows = []
     for s in studies:
@@ -1101,9 +1100,6 @@ def write_phantoms(
     studies = plan_studies(n_studies, seed, prevalence, quirks)
     settle(dest, dict(n_studies=n_studies, seed=seed, size=size, prevalence=dict(prevalence), quirks=asdict(quirks)))
     work = partial(write_study, dest=dest, size=size)
-    n_workers = os.cpu_count() if n_workers is None else n_workers
-    if n_workers==0: list(map(work, progress(studies, label='phantoms')))
-    else:
-        with ProcessPoolExecutor(n_workers) as ex: list(progress(ex.map(work, studies), total=len(studies), label='phantoms'))
+    list(in_order(work, studies, os.cpu_count() if n_workers is None else n_workers, label='phantoms'))
     write_labels(studies, dest, quirks.duplicate_rows, seed)
     return dest
