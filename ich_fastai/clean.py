@@ -6,7 +6,7 @@
 __all__ = ['PART', 'CLEAN_COLUMNS', 'head_mask', 'head_box', 'crop', 'resize', 'store_sizes', 'clean_slice', 'clean_images',
            'Store', 'gray_levels', 'export_jpegs']
 
-# %% ../nbs/13_clean.ipynb #291f224e
+# %% ../nbs/13_clean.ipynb #5f631b6d
 import hashlib, json, re
 from functools import lru_cache, partial, reduce
 from pathlib import Path
@@ -17,7 +17,7 @@ from PIL import Image
 from fastcore.script import CliError
 from .core import WINDOWS, disk_errors, in_order, keep_freed_memory, printable, progress, sweep, write_whole
 from .dicom import HU_MAX, HU_MIN, MAX_MB, hist_lut, hu, window_lut
-from .metadata import MIN_BRAIN, read_metadata
+from .metadata import MIN_BRAIN, _stamp, read_metadata
 
 # %% ../nbs/13_clean.ipynb #60ede04a
 def _gauss1d(sigma):
@@ -145,7 +145,7 @@ PART = 256  # Slices a part: 32 MB at 256 px
 _index_columns = ['StudyInstanceUID', 'SeriesInstanceUID', 'PatientID', 'slice_no', 'z', 'img_pct_window']
 CLEAN_COLUMNS = ['fname', 'frame', 'img_mean', *_index_columns]  # All that `clean_images` reads of the metadata
 
-# %% ../nbs/13_clean.ipynb #8f9113b9
+# %% ../nbs/13_clean.ipynb #423726f5
 _METHOD = 2  # Raised when the same files would give other pictures
 
 def _part_key(slices, size):
@@ -156,11 +156,18 @@ def _files(dest, number, size):
     "(list, {size: array}): where a part is written"
     return dest/'parts'/f'part-{number:05d}.json', {s: dest/str(s)/f'part-{number:05d}.npy' for s in store_sizes(size)}
 
-def _boxes_of(listed, arrays, key, n):
-    "The boxes of a part that is there whole, else None"
+def _unchanged(slices, stamps):
+    "Do the files that are still there have the size and time that they had?"
+    return len(stamps) == len(slices) and all(len(now) == 1 or now == then for now, then in zip(_stamps(slices), stamps))
+
+def _stamps(slices): return [_stamp(fname) for _, fname, _, _ in slices]
+
+def _boxes_of(listed, arrays, key, slices):
+    "The boxes of a part that is there whole, and whose files have not changed, else None"
+    n = len(slices)
     try:
         known = json.loads(listed.read_text())
-        whole = known['key'] == key and all(np.load(path, mmap_mode='r').shape == (n, s, s) for s, path in arrays.items())
+        whole = known['key'] == key and _unchanged(slices, known['stamps']) and all(np.load(path, mmap_mode='r').shape == (n, s, s) for s, path in arrays.items())
     except (OSError, ValueError, EOFError, KeyError, TypeError): return None  # Missing or damaged
     return np.array(known['boxes']) if whole else None
 
@@ -179,15 +186,16 @@ def _clean_part(job, dest, size, max_mb):
     keep_freed_memory()
     number, slices = job
     key, (listed, arrays) = _part_key(slices, size), _files(dest, number, size)
-    boxes = _boxes_of(listed, arrays, key, len(slices))
+    boxes = _boxes_of(listed, arrays, key, slices)
     if boxes is not None: return key, boxes
     with disk_errors(listed): listed.unlink(missing_ok=True)
+    stamps = _stamps(slices)
     boxes, pixels = np.empty((len(slices), 3), int), {s: np.empty((len(slices), s, s), np.int16) for s in arrays}
     for i, (_, fname, frame, _) in enumerate(slices):
         boxes[i], pictures = clean_slice(_readable(fname, frame, max_mb), size)
         for s in arrays: pixels[s][i] = pictures[s]
     for s, path in arrays.items(): _save(path, pixels[s])
-    with write_whole(listed) as part: part.write_text(json.dumps(dict(key=key, boxes=boxes.tolist())))
+    with write_whole(listed) as part: part.write_text(json.dumps(dict(key=key, boxes=boxes.tolist(), stamps=stamps)))
     return key, boxes
 
 def _jobs(metadata):

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['command', 'phantom', 'metadata', 'clean', 'train', 'compare', 'demo']
 
-# %% ../nbs/50_cli.ipynb #d698b49f
+# %% ../nbs/50_cli.ipynb #4288fcf6
 import os, shutil, warnings
 from contextlib import nullcontext
 from functools import wraps
+from pathlib import Path
 
 from fastcore.script import CliError, call_parse
 
@@ -50,7 +51,7 @@ def phantom(
     write_phantoms(dest, n_studies=n_studies, seed=seed, size=size, n_workers=n_workers)
     _say(f'{n_studies} phantom studies in {dest}: next, `ich-metadata {dest}/stage_2_train RUN --labels {dest}/stage_2_train.csv`')
 
-# %% ../nbs/50_cli.ipynb #c8fe332b
+# %% ../nbs/50_cli.ipynb #1111cc6d
 def _executor(scheduler, *paths):
     "The cluster's executor, or none"
     from ich_fastai.core import cluster
@@ -81,11 +82,11 @@ def _split_into(run, labels, path, seed, **shares):
 def _same_source(run, src):
     "Refuse to mix two sources in one run folder"
     before = run.facts.get('source')
-    if run.has('metadata') and before != str(src): raise CliError(f'{run.path} holds what was read from {before}: choose another run folder, or delete it')
+    if run.has('metadata') and before != src: raise CliError(f'{run.path} holds what was read from {before}: choose another run folder, or delete it')
 
 def _counted(texts, most=5):
     "Texts and how often they occur, as lines"
-    return [f'  {n:,} x {text}' for text, n in texts.value_counts().head(most).items()]
+    return [f'- {n:,} x {text}' for text, n in texts.value_counts().head(most).items()]
 
 def _metadata_summary(run):
     "What was read, in a few lines; of thousands of remarks one line each kind"
@@ -122,18 +123,20 @@ def metadata(
     from ich_fastai.labels import read_labels
     from ich_fastai.metadata import find_files
     if scheduler: src, run = os.path.abspath(src), os.path.abspath(run)
+    source = os.path.abspath(src)
+    if Path(source) in Path(run).absolute().parents: raise CliError(f'{run} lies in the folder that is to be read: choose a run folder outside of it')
     find_files(src)  # A wrong path must not leave a run folder behind, nor a wrong label file cost a long reading
     truth = None if labels is None else read_labels(labels)
     with Run(run, create=True).locked() as folder, _executor(scheduler, src, run) as executor:
-        _same_source(folder, src)
-        folder.record(source=str(src))  # Before the reading: an interrupted run must know its own source again
+        _same_source(folder, source)
+        folder.record(source=source)  # Before the reading: an interrupted run must know its own source again
         _read_into(folder, src, n_workers=n_workers, executor=executor, max_mb=max_mb)
         _metadata_summary(folder)
         if truth is None: return _say('no labels: give them with `--labels FILE` to train', f'next: `ich-clean {run}`')
         _labels_summary(*_split_into(folder, truth, labels, seed))
         _say(f'next: `ich-clean {run}`')
 
-# %% ../nbs/50_cli.ipynb #be29792b
+# %% ../nbs/50_cli.ipynb #c4d6cac1
 @command
 def clean(
     run:str, # The run folder
@@ -153,7 +156,7 @@ def clean(
         index = clean_images(folder.read('metadata', columns=CLEAN_COLUMNS), folder.images, size, n_workers, executor, min_brain, max_mb)
         _say(f'{Store(folder.images)}; {int(index.kept.sum()):,} kept, {int((~index.kept).sum()):,} with less brain than {min_brain:g}')
         if jpeg: _say(f'{export_jpegs(Store(folder.images), folder.path/"jpeg"):,} JPEG files in {folder.path/"jpeg"}')
-        _say(f'next: `ich-train {run} RECIPE` or `ich-compare {run} RECIPE RECIPE`')
+        if folder.has('split'): _say(f'next: `ich-train {run} RECIPE` or `ich-compare {run} RECIPE RECIPE`')
 
 # %% ../nbs/50_cli.ipynb #7793bbe6
 def _longer(recipe, epochs):

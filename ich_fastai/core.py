@@ -104,12 +104,14 @@ def progress(
     from fastprogress.fastprogress import progress_bar
     return progress_bar(items, total=total, comment=label, leave=False)
 
-# %% ../nbs/00_core.ipynb #2a29ac86
+# %% ../nbs/00_core.ipynb #0fcd354a
 def _leave_with_parent():
-    "In a worker process: end when the parent does"
+    "In a worker process: end when the parent does, and leave Ctrl-C to it"
+    import signal
     from multiprocessing import parent_process
     from multiprocessing.connection import wait
     from threading import Thread
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     def watch():
         wait([parent_process().sentinel])
         os._exit(1)
@@ -173,7 +175,7 @@ def versions(
         except PackageNotFoundError: return 'not installed'
     return {'python': platform.python_version(), **{p: one(p) for p in packages}}
 
-# %% ../nbs/00_core.ipynb #8134aaf1
+# %% ../nbs/00_core.ipynb #b4746cec
 log = logging.getLogger('ich_fastai')
 
 @lru_cache(None)
@@ -216,8 +218,9 @@ def cluster(
     try: from distributed import Client, KilledWorker
     except ImportError: raise CliError("Dask is not installed: pip install 'ich_fastai[cluster]'") from None
     from concurrent.futures import CancelledError
+    logging.getLogger('distributed').setLevel(logging.CRITICAL)  # What users need to know is said here
     try: client = Client(address, timeout=10, set_as_default=False)
-    except (OSError, ValueError) as e: raise CliError(f'no Dask scheduler at {printable(address, 80)}: start one with `dask scheduler`') from e
+    except Exception as e: raise CliError(f'no Dask scheduler at {printable(address, 80)}: start one with `dask scheduler`') from e
     with client:
         _check_workers(client, address, paths)
         client.subscribe_topic('all', _say_lost)
@@ -226,7 +229,7 @@ def cluster(
         except CancelledError as e: raise CliError(f'the scheduler at {address} is gone: start it, then run again, it goes on from here') from e
         finally: client.unsubscribe_topic('all')
 
-# %% ../nbs/00_core.ipynb #98e99859
+# %% ../nbs/00_core.ipynb #8eb73337
 _made_by = dict(metadata='ich-metadata SRC {run}', errors='ich-metadata SRC {run}', labels='ich-metadata SRC {run} --labels FILE',
                 split='ich-metadata SRC {run} --labels FILE', index='ich-clean {run}')
 
@@ -256,7 +259,7 @@ class Run:
         import pandas as pd
         if not self.has(name): raise CliError(f'no {self.file(name)}: make it with `{_made_by[name].format(run=self.path)}`')
         try: return pd.read_parquet(self.file(name), columns=columns)
-        except ValueError as e: raise CliError(f'{self.file(name)} is damaged ({e}): make it again with `{_made_by[name].format(run=self.path)}`') from e
+        except (OSError, ValueError) as e: raise CliError(f'{self.file(name)} is damaged or of another version: make it again with `{_made_by[name].format(run=self.path)}`') from e
 
     def write(self,
         name:str, # As for `read`
@@ -281,7 +284,8 @@ class Run:
     def facts(self)->dict:
         "What `run.json` says: versions, hardware, sources, seed"
         path = self.path/'run.json'
-        return json.loads(path.read_text()) if path.exists() else {}
+        try: return json.loads(path.read_text()) if path.exists() else {}
+        except ValueError as e: raise CliError(f'{path} is damaged: delete it, and give this run another folder if you do not know what is in it') from e
 
     def record(self, **facts):
         "Add to `run.json`"
