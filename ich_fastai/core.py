@@ -6,8 +6,8 @@
 __all__ = ['LABELS', 'TYPES', 'Window', 'WINDOWS', 'log', 'pick', 'printable', 'disk_errors', 'write_whole', 'sweep',
            'show_progress', 'progress', 'in_order', 'hardware', 'versions', 'keep_freed_memory', 'cluster', 'Run']
 
-# %% ../nbs/00_core.ipynb #09453014
-import errno, json, logging, os, platform, secrets
+# %% ../nbs/00_core.ipynb #219b6a56
+import errno, json, logging, os, platform, re, secrets
 from collections import deque, namedtuple
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -175,7 +175,7 @@ def versions(
         except PackageNotFoundError: return 'not installed'
     return {'python': platform.python_version(), **{p: one(p) for p in packages}}
 
-# %% ../nbs/00_core.ipynb #b4746cec
+# %% ../nbs/00_core.ipynb #2e2ac2b7
 log = logging.getLogger('ich_fastai')
 
 @lru_cache(None)
@@ -218,6 +218,7 @@ def cluster(
     try: from distributed import Client, KilledWorker
     except ImportError: raise CliError("Dask is not installed: pip install 'ich_fastai[cluster]'") from None
     from concurrent.futures import CancelledError
+    if not re.fullmatch(r'\w+://\S+:\d+', address): raise CliError(f'{printable(address, 80)} is no address of a scheduler: give it as tcp://10.0.0.1:8786')
     logging.getLogger('distributed').setLevel(logging.CRITICAL)  # What users need to know is said here
     try: client = Client(address, timeout=10, set_as_default=False)
     except Exception as e: raise CliError(f'no Dask scheduler at {printable(address, 80)}: start one with `dask scheduler`') from e

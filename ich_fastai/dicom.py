@@ -172,7 +172,7 @@ _identifies = re.compile('''Address|Telephone|Telecom|PhoneNumber|Birth|StationN
     |Institution|Department|CurrentPatientLocation|Accession|OtherPatient|Operator|Physician|PersonIdent|Admission|OrderEnter|OrderCallback|SerialNumber|EthnicGroup|Occupation
     |MilitaryRank|Religious|IssuerOf|AdditionalPatientHistory|CustodialOrganization|MedicalRecordLocator|RequestAttributes|RequestingService|PlacerOrder|FillerOrder|Visit''', re.X).search
 
-# %% ../nbs/10_dicom.ipynb #0f927f52
+# %% ../nbs/10_dicom.ipynb #dc62db92
 MAX_KEYS, MAX_VALUES, MAX_TEXT, MAX_SEQUENCE = 512, 16, 10_240, 16 << 20  # Columns of a row; values and characters of an element; bytes of a sequence that we count the items of
 
 _numbers = dict(US='H', SS='h', UL='L', SL='l', FL='f', FD='d', UV='Q', SV='q')
@@ -232,13 +232,16 @@ def _first(ds, keyword):
     raw = ds.get_item(tag)
     return None if raw is None else (_values(ds, tag, raw, _entry(tag)[1]) or [None])[0]
 
+_needed = frozenset('''Modality ImageType SOPInstanceUID StudyInstanceUID SeriesInstanceUID PatientID Rows Columns BitsAllocated BitsStored PixelRepresentation SamplesPerPixel
+    PhotometricInterpretation NumberOfFrames RescaleSlope RescaleIntercept ImagePositionPatient ImageOrientationPatient SliceLocation InstanceNumber PixelSpacing SliceThickness'''.split())
+
 def _header(ds, keep_phi):
     "(row, keywords whose values cannot be read)"
     row, unreadable = {}, []
     for tag, raw in sorted((int(tag), raw) for tag, raw in ds.items()):
         key, vr, private = _entry(tag)
         if not key or tag >> 16 == 0x7fe0 or not keep_phi and private: continue
-        if len(row) > MAX_KEYS: return row, unreadable + ['too many']
+        if len(row) > MAX_KEYS and key not in _needed: continue
         try: values = _values(ds, tag, raw, vr)
         except Exception: unreadable.append(key); continue  # Noted on the row
         if len(values) > 1: row[f'Multi{key}'] = 1
@@ -518,7 +521,7 @@ def _unwrap(raw):
     if padding is not None: out[padding] = PADDING
     return out
 
-# %% ../nbs/10_dicom.ipynb #e62c9d74
+# %% ../nbs/10_dicom.ipynb #81c22b7b
 def _check_ct(row):
     modality = row.get('Modality')
     if modality != 'CT': raise Refused('NotCT', f'not CT: the modality is {modality}' if re.fullmatch('[A-Z]{2,8}', modality or '') else 'not CT: no modality in the header')
@@ -552,7 +555,7 @@ def slice_rows(
         _check_ct(base)
         base['PatientID'] = base.get('PatientID') or None
         n = n_frames(ds)
-        _within(n*sum(len(v) for v in base.values() if isinstance(v, str)), (max_mb << 20)//16)  # Each frame's row repeats them
+        if n*sum(len(v) for v in base.values() if isinstance(v, str)) > max_mb << 16: raise Refused('TooLarge', 'a header too long to be repeated for each frame')
         shared = shared_groups(ds) if n > 1 else {}
         rows = [{**base, **_frame_row(ds, i+1, n, shared, max_mb), 'fname': str(fname)} for i in range(n)]
         notes = _notes(ds, base, unreadable, len(warned))
