@@ -326,7 +326,7 @@ def measure_memory(table, job):
 # 5. and 6. Two worker processes, and the same two on a Dask cluster
 
 def workload(job): # (files for `read_metadata`, a frame for `clean_images`)
-    n_files, n_slices = (2_048, 1_024) if job.quick else (8_192, 3_072)  # Whole lots and parts, an even number of them
+    n_files, n_slices = (2_048, 1_024) if job.quick else (8_192, 6_144)  # Whole lots and parts, an even number of them
     frame, _ = read_metadata(list(job.found), 0)
     paths = links(Path(tempfile.mkdtemp(dir=job.folder))/'links', list(frame.fname), n_files)
     return paths, many_slices(frame, paths[:n_slices])

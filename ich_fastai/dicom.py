@@ -9,7 +9,7 @@ __all__ = ['MAX_MB', 'MAX_ELEMENTS', 'SMALL', 'LONG', 'MAX_DIRECTORY', 'MAX_KEYS
            'pixel_stats', 'wrap_state', 'rescale', 'functional_groups', 'shared_groups', 'hu', 'slice_rows',
            'window_lut', 'freqhist_bins', 'hist_lut']
 
-# %% ../nbs/10_dicom.ipynb #5058366f
+# %% ../nbs/10_dicom.ipynb #299610aa
 import atexit, io, json, os, re, stat, struct, subprocess, sys, threading, warnings, zipfile, zlib
 from collections import namedtuple
 from contextlib import contextmanager, suppress
@@ -18,12 +18,13 @@ from pathlib import Path
 
 import numpy as np
 import pydicom
-from pydicom.datadict import dictionary_VR, dictionary_has_tag, dictionary_keyword, tag_for_keyword
+from pydicom.datadict import dictionary_VR, dictionary_has_tag, dictionary_keyword
 from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import encapsulate, get_frame
 from pydicom.filereader import read_dataset
 from pydicom.multival import MultiValue
+from pydicom.tag import Tag
 from pydicom.uid import UID, ImplicitVRLittleEndian
 from .core import WINDOWS, Window, printable
 
@@ -87,7 +88,7 @@ def _parse(data, max_bytes):
     if len(ds) == 0: raise Refused('CutShort', 'no elements, or one that does not end: the file is cut short')  # pydicom then gives none at all
     return ds
 
-# %% ../nbs/10_dicom.ipynb #34219764
+# %% ../nbs/10_dicom.ipynb #06058d4d
 MAX_DIRECTORY = 256 << 20  # Bytes of a zip archive's list of members, of which some 100 tell of one file
 
 def _directory_size(f):
@@ -133,10 +134,10 @@ def _file_bytes(path, max_bytes):
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode): raise Refused('Unreadable', 'not a regular file')
     with open(path, 'rb', buffering=0) as f:
-        if not _looks_like_dicom(f.read(132)): raise Refused('NotDicom', 'not a DICOM file')
+        head = f.read(min(status.st_size, SMALL))
+        if not _looks_like_dicom(head): raise Refused('NotDicom', 'not a DICOM file')
         _within(status.st_size, max_bytes)
-        f.seek(0)
-        return f.read()
+        return head + f.read() if status.st_size > SMALL else head
 
 @contextmanager
 def _refusals():
@@ -172,7 +173,7 @@ _identifies = re.compile('''Address|Telephone|Telecom|PhoneNumber|Birth|StationN
     |Institution|Department|CurrentPatientLocation|Accession|OtherPatient|Operator|Physician|PersonIdent|Admission|OrderEnter|OrderCallback|SerialNumber|EthnicGroup|Occupation
     |MilitaryRank|Religious|IssuerOf|AdditionalPatientHistory|CustodialOrganization|MedicalRecordLocator|RequestAttributes|RequestingService|PlacerOrder|FillerOrder|Visit''', re.X).search
 
-# %% ../nbs/10_dicom.ipynb #dc62db92
+# %% ../nbs/10_dicom.ipynb #36d339e2
 MAX_KEYS, MAX_VALUES, MAX_TEXT, MAX_SEQUENCE = 512, 16, 10_240, 16 << 20  # Columns of a row; values and characters of an element; bytes of a sequence that we count the items of
 
 _numbers = dict(US='H', SS='h', UL='L', SL='l', FL='f', FD='d', UV='Q', SV='q')
@@ -210,25 +211,29 @@ def _by_pydicom(ds, tag, raw):
 
 def _plain(v, number):
     "A value as one of Python's own; a `ValueError` where the dictionary wants another"
-    if v is None: return None
+    if v is None or number and type(v) is float: return v
     if not number: return str(v)[:MAX_TEXT].rstrip('\0 ').encode('utf-8', 'replace').decode()
-    if isinstance(v, float): return float(v)
-    if isinstance(v, int): return int(v) if abs(v) < 2**53 else float(v)
+    if isinstance(v, int) and -2**53 < v < 2**53: return int(v)
+    if isinstance(v, (int, float)): return float(v)
     if str(v).strip(): raise ValueError('text where a number belongs')
 
 def _values(ds, tag, raw, vr):
     "The values of an element as a list of Python's own; empty for binary ones"
     values = None
     if isinstance(raw, RawDataElement):
-        try: values = _from_bytes(vr if raw.VR in (None, 'UN') else raw.VR, raw.value, raw.is_little_endian)
+        kind = vr if raw.VR in (None, 'UN') else raw.VR
+        try: values = _from_bytes(kind, raw.value, raw.is_little_endian)
         except ValueError: pass
+        if values and kind in _texts and vr in _texts and len(raw.value) < MAX_TEXT: return values[:MAX_VALUES]  # Plain text already
     if values is None: values = _by_pydicom(ds, tag, raw)
     if values and isinstance(values[0], (bytes, memoryview)): return []
     return [_plain(v, vr in _is_number) for v in values[:MAX_VALUES]]
 
+_tag = lru_cache(64)(Tag)
+
 def _first(ds, keyword):
     "The first value of an element, or None"
-    tag = tag_for_keyword(keyword)
+    tag = _tag(keyword)
     raw = ds.get_item(tag)
     return None if raw is None else (_values(ds, tag, raw, _entry(tag)[1]) or [None])[0]
 
@@ -244,8 +249,10 @@ def _header(ds, keep_phi):
         if len(row) > MAX_KEYS and key not in _needed: continue
         try: values = _values(ds, tag, raw, vr)
         except Exception: unreadable.append(key); continue  # Noted on the row
-        if len(values) > 1: row[f'Multi{key}'] = 1
-        row.update((f'{key}{i or ""}', v) for i, v in enumerate(values))
+        if len(values) == 1: row[key] = values[0]
+        elif values:
+            row[f'Multi{key}'] = 1
+            row.update((f'{key}{i or ""}', v) for i, v in enumerate(values))
     return row, unreadable
 
 def header(
@@ -255,7 +262,7 @@ def header(
     "The header of `ds` as one flat row, named as fastai's `as_dict` names it"
     return _header(ds, keep_phi)[0]
 
-# %% ../nbs/10_dicom.ipynb #0230efe7
+# %% ../nbs/10_dicom.ipynb #a062428e
 MIN_SIDE, MAX_FRAMES = 16, 10_000  # Pixels, frames: less or more is not a head
 
 def n_frames(ds)->int:
@@ -289,6 +296,10 @@ def stored_pixels(
     max_mb:int=MAX_MB, # The most that the file may hold, unpack to or declare, in MiB
 )->np.ndarray: # int16 or uint16 [rows, columns]
     "The values as they are stored, before any rescaling"
+    return _without_unused_bits(_all_bits(ds, frame, max_mb), _first(ds, 'BitsStored'))
+
+def _all_bits(ds, frame, max_mb):
+    "The stored values, and what may lie beyond BitsStored"
     rows, columns, bits, signed, frames = _check_pixels(ds, max_mb << 20)
     if not 1 <= frame <= frames: raise Refused('NoPixels', f'has no frame {frame}, it has {frames}')
     syntax, kind = _syntax(ds), '<i2' if signed else '<u2'
@@ -297,14 +308,18 @@ def stored_pixels(
     _check_length(len(data), size, frames)
     data = data[(frame-1)*size:frame*size]
     if bits == 8: return np.frombuffer(data, 'i1' if signed else 'u1').reshape(rows, columns).astype(kind)
-    values = np.frombuffer(data, kind if syntax.is_little_endian else kind.replace('<', '>')).reshape(rows, columns).astype(kind, copy=False)
-    return _without_unused_bits(values, _first(ds, 'BitsStored'))
+    return np.frombuffer(data, kind if syntax.is_little_endian else kind.replace('<', '>')).reshape(rows, columns).astype(kind, copy=False)
 
 def _without_unused_bits(values, stored):
     "What lies beyond BitsStored is not the value: an overlay in old files, or a sign that was not extended"
-    if not isinstance(stored, int) or not 1 <= stored < 16: return values
-    low, high = (-1 << stored-1, (1 << stored-1) - 1) if values.dtype.kind == 'i' else (0, (1 << stored) - 1)
-    return values if low <= values.min() and values.max() <= high else values << 16-stored >> 16-stored
+    lowest, highest = _limits(stored, values.dtype)
+    within = values.max() <= highest and (lowest == 0 or lowest <= values.min())
+    return values if within else values << 16-stored >> 16-stored
+
+def _limits(stored, dtype):
+    "The lowest and the highest value that so many bits hold"
+    bits = stored if isinstance(stored, int) and 1 <= stored < 16 else 16
+    return (-1 << bits-1, (1 << bits-1) - 1) if dtype.kind == 'i' else (0, (1 << bits) - 1)
 
 def _check_length(there, size, frames):
     if there < size*frames: raise Refused('CutShort', f'{there:,} bytes of pixels where {size*frames:,} belong: the file is cut short')
@@ -521,7 +536,7 @@ def _unwrap(raw):
     if padding is not None: out[padding] = PADDING
     return out
 
-# %% ../nbs/10_dicom.ipynb #81c22b7b
+# %% ../nbs/10_dicom.ipynb #f297432d
 def _check_ct(row):
     modality = row.get('Modality')
     if modality != 'CT': raise Refused('NotCT', f'not CT: the modality is {modality}' if re.fullmatch('[A-Z]{2,8}', modality or '') else 'not CT: no modality in the header')
@@ -562,9 +577,10 @@ def slice_rows(
     return [{**row, 'notes': notes} for row in rows]
 
 def _frame_row(ds, frame, n, shared, max_mb):
-    raw, groups = stored_pixels(ds, frame, max_mb), functional_groups(ds, frame, shared) if n > 1 else {}
-    h, (slope, intercept) = histogram(raw), rescale(ds, frame, groups)
-    state = wrap_state(_first(ds, 'BitsStored'), raw.dtype.kind == 'i', intercept, h)
+    groups, stored, raw = functional_groups(ds, frame, shared) if n > 1 else {}, _first(ds, 'BitsStored'), _all_bits(ds, frame, max_mb)
+    h, (slope, intercept), (lowest, highest) = histogram(raw), rescale(ds, frame, groups), _limits(stored, raw.dtype)
+    if h.values[0] < lowest or h.values[-1] > highest: h = histogram(_without_unused_bits(raw, stored))
+    state = wrap_state(stored, raw.dtype.kind == 'i', intercept, h)
     row = dict(image=_first(ds, 'SOPInstanceUID') + (f'#{frame}' if n > 1 else ''), frame=frame, **pixel_stats(h, slope, intercept),
                hu_intercept=0. if state == 'wrapped' else intercept, hu_repair=state)
     if n == 1: return row
