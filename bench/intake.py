@@ -359,7 +359,7 @@ def measure_dask(table, job):
         list(pool.map(abs, range(8)))  # Its processes start before the cluster's threads do
         with LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster, Client(cluster) as client:
             for name, cost in work.items():
-                costs = rounds_of(1 if job.quick else 5, partial(cost, executor=client.get_executor()), partial(cost, executor=pool))
+                costs = rounds_of(1 if job.quick else 9, partial(cost, executor=client.get_executor()), partial(cost, executor=pool))
                 table.within(f'dask_{name}', f'{name}: Dask cluster of two against a pool of two', costs, 's', at_most=1.15)
 
 # All of it
