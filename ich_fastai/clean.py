@@ -145,7 +145,7 @@ PART = 256  # Slices a part: 32 MB at 256 px
 _index_columns = ['StudyInstanceUID', 'SeriesInstanceUID', 'PatientID', 'slice_no', 'z', 'img_pct_window']
 CLEAN_COLUMNS = ['fname', 'frame', 'img_mean', *_index_columns]  # All that `clean_images` reads of the metadata
 
-# %% ../nbs/13_clean.ipynb #423726f5
+# %% ../nbs/13_clean.ipynb #0d246e46
 _METHOD = 2  # Raised when the same files would give other pictures
 
 def _part_key(slices, size):
@@ -221,7 +221,7 @@ def clean_images(
     n_workers:int=2, # Processes; 0 works in this one
     executor=None, # A running `concurrent.futures.Executor` to use instead
     min_brain:float=MIN_BRAIN, # Share of pixels in the brain window from which a slice is `kept`
-    max_mb:int=MAX_MB, # The most that one file may make us allocate, in MiB
+    max_mb:int=MAX_MB, # The most that a file may hold, unpack to or declare, in MiB
 )->pd.DataFrame: # The store's index, by image
     "Clean every slice into the store at `dest`, or go on where an earlier run stopped"
     dest, n_parts = Path(dest), -(-len(metadata)//PART)

@@ -51,7 +51,7 @@ def phantom(
     write_phantoms(dest, n_studies=n_studies, seed=seed, size=size, n_workers=n_workers)
     _say(f'{n_studies} phantom studies in {dest}: next, `ich-metadata {dest}/stage_2_train RUN --labels {dest}/stage_2_train.csv`')
 
-# %% ../nbs/50_cli.ipynb #1111cc6d
+# %% ../nbs/50_cli.ipynb #b5db8f8d
 def _executor(scheduler, *paths):
     "The cluster's executor, or none"
     from ich_fastai.core import cluster
@@ -114,7 +114,7 @@ def metadata(
     labels:str=None, # The official label file, with the columns ID and Label; without it there is no split and no training
     n_workers:int=2, # Processes; 0 works in this one
     scheduler:str=None, # Address of a Dask scheduler, such as tcp://10.0.0.1:8786: read on its workers instead
-    max_mb:int=1024, # The most that one file may make us allocate, in MiB
+    max_mb:int=1024, # The most that a file may hold, unpack to or declare, in MiB
     seed:int=0, # Of the split by patient
     quiet:bool=False, # No progress bars, no summary
 ):
@@ -136,7 +136,7 @@ def metadata(
         _labels_summary(*_split_into(folder, truth, labels, seed))
         _say(f'next: `ich-clean {run}`')
 
-# %% ../nbs/50_cli.ipynb #c4d6cac1
+# %% ../nbs/50_cli.ipynb #f4148001
 @command
 def clean(
     run:str, # The run folder
@@ -145,7 +145,7 @@ def clean(
     jpeg:bool=False, # Also write the slices as JPEG, three windows as colors, to look at?
     n_workers:int=2, # Processes; 0 works in this one
     scheduler:str=None, # Address of a Dask scheduler, such as tcp://10.0.0.1:8786: clean on its workers instead
-    max_mb:int=1024, # The most that one file may make us allocate, in MiB
+    max_mb:int=1024, # The most that a file may hold, unpack to or declare, in MiB
     quiet:bool=False, # No progress bars, no summary
 ):
     "Crop every slice to the head and resize it into the image store"

@@ -306,7 +306,7 @@ def _write_frames(parts, metadata_file, errors_file, deidentify=False):
     _write_frame(metadata_file, parts, _column_types(parts), rows, 'image', mend, computed)
     return len(rows), len(errors)
 
-# %% ../nbs/11_metadata.ipynb #aad9770c
+# %% ../nbs/11_metadata.ipynb #77e2955e
 def write_metadata(
     source, # A folder, a zip archive, a file, or a list of them
     metadata_file, # Parquet to write: every CT slice, by `image`, in the order of the head
@@ -316,7 +316,7 @@ def write_metadata(
     executor=None, # A running `concurrent.futures.Executor` to use instead, such as a Dask cluster's
     keep_phi:bool=False, # Keep names, birth dates, accession numbers and institutions?
     deidentify:bool=False, # Put salted hashes in place of PatientID and UIDs? The paths in `fname` stay as they are
-    max_mb:int=MAX_MB, # The most that one file may make a worker allocate, in MiB
+    max_mb:int=MAX_MB, # The most that a file may hold, unpack to or declare, in MiB
 )->tuple: # (slices, errors), how many
     "Read any number of files into two Parquet files, with little memory, and on from where an interrupted run stopped"
     read = partial(_read_lot, folder=str(lots), keep_phi=keep_phi, max_mb=max_mb)
@@ -329,7 +329,7 @@ def read_metadata(
     executor=None, # A running `concurrent.futures.Executor` to use instead, such as a Dask cluster's
     keep_phi:bool=False, # Keep names, birth dates, accession numbers and institutions?
     deidentify:bool=False, # Put salted hashes in place of PatientID and UIDs? The paths in `fname` stay as they are
-    max_mb:int=MAX_MB, # The most that one file may make a worker allocate, in MiB
+    max_mb:int=MAX_MB, # The most that a file may hold, unpack to or declare, in MiB
     lots=None, # A folder as for `write_metadata`, needed where workers are on other machines
 )->tuple: # (metadata, errors), two frames by `image` and by `fname`
     "Every CT slice in the files as a row, in the order of the head, and every other file with the reason"
