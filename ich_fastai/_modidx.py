@@ -202,6 +202,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'ich_fastai.dicom._held': ('dicom.html#_held', 'ich_fastai/dicom.py'),
                                   'ich_fastai.dicom._in_hu': ('dicom.html#_in_hu', 'ich_fastai/dicom.py'),
                                   'ich_fastai.dicom._inflated': ('dicom.html#_inflated', 'ich_fastai/dicom.py'),
+                                  'ich_fastai.dicom._is_wrapped_air': ('dicom.html#_is_wrapped_air', 'ich_fastai/dicom.py'),
                                   'ich_fastai.dicom._items': ('dicom.html#_items', 'ich_fastai/dicom.py'),
                                   'ich_fastai.dicom._limit_memory': ('dicom.html#_limit_memory', 'ich_fastai/dicom.py'),
                                   'ich_fastai.dicom._limits': ('dicom.html#_limits', 'ich_fastai/dicom.py'),

@@ -435,10 +435,11 @@ def pixel_stats(
     return dict(img_min=int(h.values[0]), img_max=int(h.values[-1]), img_mean=s/n, img_std=(n*s2 - s*s)**.5/n,
                 img_pct_window=float(h.counts[inside].sum()/n))
 
-# %% ../nbs/10_dicom.ipynb #4d986ffe
+# %% ../nbs/10_dicom.ipynb #d6eb9b7f
 WRAP, WRAPPED_AIR, PADDING = 4096, 3072, -2000
 
 def _may_be_wrapped(bits_stored, signed, intercept): return bits_stored == 12 and not signed and intercept > -100
+def _is_wrapped_air(n, of): return n >= of/20  # Pixels from WRAPPED_AIR on, of all
 
 def wrap_state(
     bits_stored:int, signed:bool, intercept:float, # BitsStored, PixelRepresentation and RescaleIntercept of the header
@@ -446,7 +447,7 @@ def wrap_state(
 )->str: # '' for a sound file, 'wrapped' for HU modulo 4096, 'suspect' for that header without wrapped air
     "Whether a file has the RSNA intercept defect"
     if not _may_be_wrapped(bits_stored, signed, intercept): return ''
-    return 'wrapped' if h.counts[h.values >= WRAPPED_AIR].sum() >= h.counts.sum()/20 else 'suspect'
+    return 'wrapped' if _is_wrapped_air(h.counts[h.values >= WRAPPED_AIR].sum(), h.counts.sum()) else 'suspect'
 
 def _wrapped_padding(raw):
     "The pixels of wrapped padding, as a mask, or None where there are none"
@@ -492,7 +493,7 @@ def _items(ds, keyword):
     if keyword not in ds or _first(ds, keyword) is None: return []
     return ds[keyword].value
 
-# %% ../nbs/10_dicom.ipynb #ab0807bd
+# %% ../nbs/10_dicom.ipynb #7390e713
 def hu(
     file, # A path, `archive.zip!member`, or a pydicom `Dataset`
     frame:int=1, # Of a multi-frame file, counted from 1
@@ -521,7 +522,7 @@ def _held(fname, frame, max_bytes):
 
 def _in_hu(raw, bits_stored, slope, intercept):
     signed = raw.dtype.kind == 'i'
-    if _may_be_wrapped(bits_stored, signed, intercept) and np.count_nonzero(raw >= WRAPPED_AIR) >= raw.size/20: return _unwrap(raw)
+    if _may_be_wrapped(bits_stored, signed, intercept) and _is_wrapped_air(np.count_nonzero(raw >= WRAPPED_AIR), raw.size): return _unwrap(raw)
     if slope == 1 and intercept.is_integer() and -32768 <= raw.min() + intercept and raw.max() + intercept <= 32767:
         return (raw.view(np.uint16) + np.uint16(intercept % 65536)).view(np.int16)  # Modulo 65536 is right where the result has 16 bits
     values = np.arange(65536, dtype=np.uint16).view(raw.dtype).astype(np.float64)*slope + intercept
