@@ -6,7 +6,7 @@
 __all__ = ['PART', 'CLEAN_COLUMNS', 'head_mask', 'head_box', 'crop', 'resize', 'store_sizes', 'clean_slice', 'clean_images',
            'Store', 'gray_levels', 'export_jpegs']
 
-# %% ../nbs/13_clean.ipynb #5f631b6d
+# %% ../nbs/13_clean.ipynb #635e688b
 import hashlib, json, re
 from functools import lru_cache, partial, reduce
 from pathlib import Path
@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 from fastcore.script import CliError
-from .core import WINDOWS, disk_errors, in_order, keep_freed_memory, printable, progress, sweep, write_whole
+from .core import WINDOWS, disk_errors, in_order, keep_memory_in_dask, printable, progress, sweep, write_whole
 from .dicom import HU_MAX, HU_MIN, MAX_MB, hist_lut, hu, window_lut
 from .metadata import MIN_BRAIN, _stamp, read_metadata
 
@@ -145,7 +145,7 @@ PART = 256  # Slices a part: 32 MB at 256 px
 _index_columns = ['StudyInstanceUID', 'SeriesInstanceUID', 'PatientID', 'slice_no', 'z', 'img_pct_window']
 CLEAN_COLUMNS = ['fname', 'frame', 'img_mean', *_index_columns]  # All that `clean_images` reads of the metadata
 
-# %% ../nbs/13_clean.ipynb #0d246e46
+# %% ../nbs/13_clean.ipynb #38b74c9e
 _METHOD = 2  # Raised when the same files would give other pictures
 
 def _part_key(slices, size):
@@ -183,7 +183,7 @@ def _readable(fname, frame, max_mb):
 
 def _clean_part(job, dest, size, max_mb):
     "Make one part, where it is not there already; gives its key and its boxes [slices, 3]"
-    keep_freed_memory()
+    keep_memory_in_dask()
     number, slices = job
     key, (listed, arrays) = _part_key(slices, size), _files(dest, number, size)
     boxes = _boxes_of(listed, arrays, key, slices)

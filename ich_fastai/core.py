@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['LABELS', 'TYPES', 'Window', 'WINDOWS', 'log', 'pick', 'printable', 'disk_errors', 'write_whole', 'sweep',
-           'show_progress', 'progress', 'in_order', 'hardware', 'versions', 'keep_freed_memory', 'cluster', 'Run']
+           'show_progress', 'progress', 'ahead', 'in_order', 'hardware', 'versions', 'keep_freed_memory',
+           'keep_memory_in_dask', 'cluster', 'Run']
 
 # %% ../nbs/00_core.ipynb #219b6a56
 import errno, json, logging, os, platform, re, secrets
@@ -86,12 +87,12 @@ def sweep(
     "Remove what a killed run left half written"
     for part in Path(folder).rglob('.*.part'): part.unlink(missing_ok=True)
 
-# %% ../nbs/00_core.ipynb #33049b0d
+# %% ../nbs/00_core.ipynb #4fb0d448
 def show_progress()->bool: # Is somebody watching?
-    "Whether bars are drawn: on a terminal or in Jupyter, unless `ICH_QUIET` or `IN_TEST` is set"
+    "Whether bars are drawn: on a terminal or in Jupyter, by the first of several processes, unless `ICH_QUIET` or `IN_TEST` is set"
     import sys
     from fastcore.imports import IN_NOTEBOOK
-    if os.environ.get('ICH_QUIET') or os.environ.get('IN_TEST'): return False
+    if os.environ.get('ICH_QUIET') or os.environ.get('IN_TEST') or os.environ.get('RANK', '0') != '0': return False
     return IN_NOTEBOOK or sys.stdout.isatty()
 
 def progress(
@@ -104,7 +105,7 @@ def progress(
     from fastprogress.fastprogress import progress_bar
     return progress_bar(items, total=total, comment=label, leave=False)
 
-# %% ../nbs/00_core.ipynb #0fcd354a
+# %% ../nbs/00_core.ipynb #77c22a56
 def _leave_with_parent():
     "In a worker process: end when the parent does, and leave Ctrl-C to it"
     import signal
@@ -130,8 +131,13 @@ def _pool(n_workers):
         raise
     pool.shutdown()
 
-def _ahead(executor, fn, items, n):
-    "The results of `fn`, in the order of `items`, with at most `n` under way"
+def ahead(
+    executor, # A running `Executor`, of processes or threads
+    fn, # A function of one item
+    items, # Anything to iterate over
+    n:int, # At most so many under way
+):
+    "The results of `fn`, in the order of `items`, worked out before they are asked for"
     waiting = deque()
     try:
         for item in items:
@@ -155,7 +161,7 @@ def in_order(
     if executor is None and n_workers:
         with _pool(n_workers) as pool: yield from in_order(fn, items, executor=pool, label=label, total=total)
     elif executor is None: yield from progress(map(fn, items), total, label)
-    else: yield from progress(_ahead(executor, fn, items, 4*getattr(executor, '_max_workers', 64)), total, label)
+    else: yield from progress(ahead(executor, fn, items, 4*getattr(executor, '_max_workers', 64)), total, label)
 
 # %% ../nbs/00_core.ipynb #c81c9c36
 def hardware()->dict: # cpu, cores, memory in GiB, GPU
@@ -175,20 +181,24 @@ def versions(
         except PackageNotFoundError: return 'not installed'
     return {'python': platform.python_version(), **{p: one(p) for p in packages}}
 
-# %% ../nbs/00_core.ipynb #2e2ac2b7
-log = logging.getLogger('ich_fastai')
-
+# %% ../nbs/00_core.ipynb #9fd46177
 @lru_cache(None)
-def keep_freed_memory():
-    """Undo, once in a worker process of Dask, that glibc gives back each array as soon as it is freed.
-
-    Its nanny sets this by MALLOC_TRIM_THRESHOLD_; a slice's work takes four times as long for it, all page faults."""
-    if 'MALLOC_TRIM_THRESHOLD_' not in os.environ: return
+def keep_freed_memory(
+    trim:int=2047, # MiB that may lie free at the end of the heap
+    largest:int=1024, # MiB of the largest array that comes from the heap
+)->bool: # Whether it could be done: with glibc
+    "Have glibc keep freed memory for the next array, for the rest of this process"
     import ctypes
     try: mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError): return  # Not glibc
-    mallopt(-1, 128 << 20)  # M_TRIM_THRESHOLD
-    mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD
+    except (AttributeError, OSError, TypeError): return False
+    return bool(mallopt(-1, trim << 20) and (mallopt(-3, largest << 20) or mallopt(-3, 32 << 20)))  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD; old versions allow 32 MiB
+
+# %% ../nbs/00_core.ipynb #c61d8cb5
+log = logging.getLogger('ich_fastai')
+
+def keep_memory_in_dask():
+    "Undo in a worker process that Dask's nanny has every freed array given back: a slice's work takes four times as long for it"
+    if 'MALLOC_TRIM_THRESHOLD_' in os.environ: keep_freed_memory(128, 32)
 
 def _worker_state(paths): return versions(['ich_fastai'])['ich_fastai'], [p for p in paths if not os.path.exists(p)]
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MIN_BRAIN', 'ROW_GROUP', 'COLUMN_GROUP', 'MAX_COLUMNS', 'find_files', 'slice_z', 'write_metadata', 'read_metadata']
 
-# %% ../nbs/11_metadata.ipynb #07d7bc6f
+# %% ../nbs/11_metadata.ipynb #88ae5de9
 import hashlib, json, os, re, secrets, tempfile, zipfile
 from contextlib import ExitStack
 from functools import partial
@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from fastcore.script import CliError
 from . import __version__
-from .core import disk_errors, in_order, keep_freed_memory, log, printable, progress, write_whole
+from .core import disk_errors, in_order, keep_memory_in_dask, log, printable, progress, write_whole
 from .dicom import MAX_MB, Refused, _archive_of, open_zip, slice_rows
 
 # %% ../nbs/11_metadata.ipynb #e9126a5f
@@ -116,7 +116,7 @@ def _write_part(path, rows):
 def _part_schema(path):
     with pa.OSFile(str(path)) as f: return pa.ipc.open_file(f).schema
 
-# %% ../nbs/11_metadata.ipynb #1d49d177
+# %% ../nbs/11_metadata.ipynb #95e09bf8
 def _lots(files):
     "`files` in lots of 16 to 512: a fraction of a second of work each"
     size = min(max(len(files)//32, 16), 512)
@@ -134,7 +134,7 @@ def _is_whole(path):
 
 def _read_lot(fnames, folder, keep_phi=False, max_mb=MAX_MB):
     "The path of the table of a lot, read where `folder` does not have it yet"
-    keep_freed_memory()
+    keep_memory_in_dask()
     key = json.dumps([__version__, keep_phi, max_mb, *map(_stamp, fnames)])
     path = Path(folder)/f'{hashlib.blake2b(key.encode(), digest_size=12).hexdigest()}.arrow'
     if not _is_whole(path): _write_part(path, [row for f in fnames for row in _read_file(f, keep_phi, max_mb)])
