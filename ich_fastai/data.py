@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['SHORT', 'phantom_run', 'task_slices', 'training_slices', 'hist_bins', 'view_table', 'n_channels', 'TensorHU',
-           'TensorCT', 'View', 'neighbors', 'Augment', 'Slices', 'SliceLoader', 'normalizer', 'make_loader', 'make_dls',
+           'TensorCT', 'View', 'neighbors', 'Draws', 'Turn', 'Blur', 'Slices', 'SliceLoader', 'make_loader', 'make_dls',
            'labelled_slices', 'prediction_frame']
 
-# %% ../nbs/20_data.ipynb #ce0f3d8c
+# %% ../nbs/20_data.ipynb #c883f3be
 import random
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from math import pi
 from pathlib import Path
 
@@ -22,11 +24,11 @@ from fastcore.foundation import L
 from fastcore.script import CliError
 from fastai.basics import Transform, default_device
 from fastai.data.core import DataLoaders, TfmdDL
-from fastai.data.transforms import MultiCategory, Normalize
-from fastai.torch_core import Tensor, TensorBase, TensorImage, TensorMultiCategory
+from fastai.data.transforms import MultiCategory
+from fastai.torch_core import Tensor, TensorBase, TensorImage, TensorMultiCategory, to_detach
 from fastai.vision.core import imagenet_stats
 
-from .core import LABELS, WINDOWS, Run
+from .core import LABELS, WINDOWS, Run, ahead, keep_freed_memory
 from .recipes import Recipe, get_recipe
 from .dicom import freqhist_bins, hist_lut, window_lut
 from .phantom import PREVALENCE, write_phantoms
@@ -75,7 +77,7 @@ def training_slices(
     "The slices a recipe learns from: its own task on the training side, with `negatives` slices without a bleed for each with one"
     return task_slices(recipe, index, labels, split, 'train', negatives=recipe.negatives, seed=seed)
 
-# %% ../nbs/20_data.ipynb #6dfa3acd
+# %% ../nbs/20_data.ipynb #b2fbdaf3
 def hist_bins(
     store:Store,
     positions, # The slices to take them from
@@ -90,30 +92,43 @@ def hist_bins(
 def view_table(
     recipe:Recipe,
     bins, # For 'hist' and 'neighbors'
-)->Tensor: # float32 [4096, channels of one slice], 0..1
+)->Tensor: # float32 0..1, [4096], or [4096, channels] for several windows
     "The recipe's view as a table over HU -1024..3071"
     luts = [window_lut(WINDOWS[name]) for name in recipe.windows] if recipe.view == 'windows' else [hist_lut(np.asarray(bins))]
-    return torch.from_numpy(np.stack(luts, axis=1))
+    return torch.from_numpy(np.stack(luts, axis=1)).squeeze(1)
 
 def n_channels(recipe:Recipe)->int:
     "How many channels the network gets"
     return dict(hist=1, windows=len(recipe.windows), neighbors=3)[recipe.view]
 
-# %% ../nbs/20_data.ipynb #571c294a
+# %% ../nbs/20_data.ipynb #b4d95527
 class TensorHU(TensorBase): "int16 HU, [n, h, w], or [n, 3, h, w] with the neighbors"
 class TensorCT(TensorImage): _show_args = dict(cmap='gray', vmin=0, vmax=1)
 
+def _at_once(x):
+    "How many slices of a batch to work on at a time: what fits a CPU's cache; all on a GPU"
+    return max(2**16 // max(x[0].numel(), 1), 1) if x.device.type == 'cpu' else len(x)
+
 class View(Transform):
-    "HU to what the recipe sees, by one look-up on the device"
-    order, parameters = 0, L('table')
+    "HU to what the recipe sees, normalized, by one look-up on the device"
+    order, parameters = 0, L('table', 'mean', 'std')
     def __init__(self,
         table:Tensor, # From `view_table`
-    ): self.table = table
+    ):
+        mean, std = (torch.tensor(s if table.shape[1:] == (3,) else [np.mean(s)], dtype=torch.float32) for s in imagenet_stats)
+        self.table = (table - mean)/std
+        self.mean, self.std = mean.view(-1, 1, 1), std.view(-1, 1, 1)
 
     def encodes(self, x:TensorHU)->TensorCT: # [n, channels, h, w]
         hu = x.as_subclass(Tensor)
-        seen = self.table.index_select(0, (hu.int() + 1024).flatten()).view(*hu.shape, -1)
-        return seen.squeeze(-1) if hu.dim() == 4 else seen.permute(0, 3, 1, 2)
+        if hu.dim() == 4: hu = hu.permute(0, 2, 3, 1)
+        seen = self.table.new_empty(hu.shape + self.table.shape[1:])
+        for part, out in zip(hu.split(_at_once(hu)), seen.split(_at_once(hu))):
+            torch.index_select(self.table, 0, (part + 1024).flatten().int(), out=out.view(-1, *self.table.shape[1:]))
+        return seen[:, None] if seen.dim() == 3 else seen.permute(0, 3, 1, 2)
+
+    def decodes(self, x:TensorCT): # 0..1 again, to show
+        return x*self.std.to(x.device) + self.mean.to(x.device)
 
 # %% ../nbs/20_data.ipynb #40d5a772
 def neighbors(
@@ -124,44 +139,80 @@ def neighbors(
     same = series[1:] == series[:-1]
     return np.stack([here - np.append(False, same), here, here + np.append(same, False)], axis=1)
 
-# %% ../nbs/20_data.ipynb #999fdf74
+# %% ../nbs/20_data.ipynb #7e36cec6
+class Draws:
+    "The chances of one epoch: the order of its items, and three numbers in 0..1 for each item"
+    def __init__(self,
+        n:int, # Items
+        seed:int,
+    ): self.n, self.seed = n, seed
+
+    def begin(self,
+        epoch:int,
+    )->list: # The items' order
+        "Draw for `epoch`"
+        generator = torch.Generator().manual_seed(random.Random(f'{self.seed} {epoch}').getrandbits(63))
+        self._table = torch.rand(self.n, 3, dtype=torch.float32, generator=generator)
+        return torch.randperm(self.n, generator=generator).tolist()
+
+    def take(self,
+        items, # Numbers of items
+    ):
+        "Make `flip`, `turn` and `blur` those of a batch"
+        self.flip, self.turn, self.blur = self._table[items].T
+
+# %% ../nbs/20_data.ipynb #720ba13a
+class Turn(Transform):
+    "Flip and rotate HU, each slice of a training batch by its own draw"
+    order, split_idx = -1, 0  # Before `View`, in training only
+    def __init__(self,
+        draws:Draws,
+        flip:bool=True, # Left and right, with probability 0.5
+        rotate:float=15., # Degrees either way, at most
+    ): self.draws, self.flip, self.rotate = draws, flip, rotate
+
+    def _maps(self)->Tensor: # [n, 2, 2]: where each pixel is taken from, on the square -1..1
+        side = 1 - 2*(self.draws.flip < 0.5).float() if self.flip else torch.ones_like(self.draws.flip)
+        angle = (2*self.draws.turn - 1) * self.rotate * pi/180
+        cos, sin = angle.cos(), angle.sin()
+        return torch.stack([side*cos, sin, -side*sin, cos], dim=1).view(-1, 2, 2)
+
+    def encodes(self, x:TensorHU)->TensorHU: # int16, as it came
+        hu = x.as_subclass(Tensor)
+        hu = hu.view(len(hu), -1, *hu.shape[-2:])
+        turned = torch.empty_like(hu)
+        for part, maps, out in zip(*(t.split(_at_once(hu)) for t in (hu, self._maps().to(hu.device), turned))):
+            air0 = F.grid_sample(part.float() + 1024, _grid(maps, *hu.shape[-2:]), padding_mode='zeros', align_corners=False)
+            out.copy_(air0.round_().sub_(1024))
+        return turned.view(x.shape)
+
+def _centers(n, like): return (2*torch.arange(n, dtype=like.dtype, device=like.device) + 1)/n - 1
+
+def _grid(maps, h, w): # [n, h, w, 2]; `affine_grid` takes several times as long on a CPU
+    xs, ys = _centers(w, maps), _centers(h, maps)[:, None]
+    return torch.stack([m[:, 0, None, None]*xs + m[:, 1, None, None]*ys for m in maps.unbind(1)], dim=-1)
+
+# %% ../nbs/20_data.ipynb #d5eeb760
 def _blurred(x): # [m, c, h, w], Gaussian of about 1 pixel
     kernel = x.new_tensor([1, 4, 6, 4, 1]) / 16
     x, c = F.pad(x, (2, 2, 2, 2), mode='replicate'), x.shape[1]
     x = F.conv2d(x, kernel.view(1, 1, 1, 5).expand(c, 1, 1, 5), groups=c)
     return F.conv2d(x, kernel.view(1, 1, 5, 1).expand(c, 1, 5, 1), groups=c)
 
-class Augment(Transform):
-    "Flip, rotate and blur, each image of a training batch by its own draw"
+class Blur(Transform):
+    "Blur some pictures of a training batch, each by its own draw"
     order, split_idx = 10, 0  # After `View`, in training only
     def __init__(self,
-        flip:bool=True, # Left and right, with probability 0.5
-        rotate:float=15., # Degrees either way, at most
-        blur:float=0., # Probability
-        seed:int=0,
-    ):
-        self.flip, self.rotate, self.blur = flip, rotate, blur
-        self.draws = torch.Generator().manual_seed(seed)
-
-    def _draw(self, n): return torch.rand(n, generator=self.draws)
-
-    def _maps(self, n): # Affine maps [n, 2, 3] of the square -1..1
-        side = 1 - 2*(self._draw(n) < 0.5).float() if self.flip else torch.ones(n)
-        angle = (2*self._draw(n) - 1) * self.rotate * pi/180
-        cos, sin, none = angle.cos(), angle.sin(), torch.zeros(n)
-        return torch.stack([side*cos, sin, none, -side*sin, cos, none], dim=1).view(n, 2, 3)
+        draws:Draws,
+        p:float=0.25, # Probability
+    ): self.draws, self.p = draws, p
 
     def encodes(self, x:TensorCT)->TensorCT: # [n, c, h, w]
-        x = x.as_subclass(Tensor)
-        if self.flip or self.rotate:
-            grid = F.affine_grid(self._maps(len(x)).to(x.device), x.shape, align_corners=False)
-            x = F.grid_sample(x, grid, padding_mode='zeros', align_corners=False)
-        if self.blur:
-            some = (self._draw(len(x)) < self.blur).to(x.device)
-            x = torch.where(some[:, None, None, None], _blurred(x), x)
+        some = torch.nonzero(self.draws.blur < self.p).flatten().to(x.device)
+        if len(some): x[some] = _blurred(x[some])
         return x
 
-# %% ../nbs/20_data.ipynb #9fa1c668
+# %% ../nbs/20_data.ipynb #8f571f71
 SHORT = dict(epidural='EDH', intraparenchymal='IPH', intraventricular='IVH', subarachnoid='SAH', subdural='SDH', any='any')
 
 class Slices:
@@ -173,10 +224,11 @@ class Slices:
         targets:Tensor, # float32 [n, k]
         size:int, # Pixels
         vocab, # The k label names
-        split_idx:int, # 0 in training, 1 elsewhere
+        draws:Draws=None, # In training
     ):
         self.store, self.positions, self.targets = store, positions, targets
-        self.size, self.vocab, self.split_idx = size, L(vocab), split_idx
+        self.size, self.vocab, self.draws = size, L(vocab), draws
+        self.split_idx = int(draws is None)
 
     def __len__(self): return len(self.positions)
     @property
@@ -199,19 +251,38 @@ class Slices:
         return x, MultiCategory([SHORT[name] for name, t in zip(self.vocab, target) if t] or ['none'])
 
 class SliceLoader(TfmdDL):
-    "fastai's loader, reading a batch from the store at once"
+    "fastai's loader, reading the next batches from the store while the device works on this one"
+    epoch, first = -1, 0  # The next pass is epoch + 1, and starts at this batch
+    rank, ranks, whole = 0, 1, None  # Which share of each batch is taken, of how many; the whole batch's number of items
+
+    def randomize(self): self.epoch += 1
+
+    def get_idxs(self):
+        order = self.dataset.draws and self.dataset.draws.begin(self.epoch)
+        return order if order and self.shuffle else super().get_idxs()
+
     def create_batches(self, samps):
-        for which in chunked(samps, self.bs, self.drop_last): yield self.dataset.batch(which)
+        batches, self.first = islice(chunked(samps, self.bs, self.drop_last), self.first, None), 0
+        with ThreadPoolExecutor(1) as reader:
+            for which, self.whole, batch in ahead(reader, self._read, batches, n=3):
+                if self.dataset.draws: self.dataset.draws.take(which)
+                yield batch
 
-# %% ../nbs/20_data.ipynb #2b5c4a04
-def normalizer(
-    channels:int,
-)->Normalize:
-    "fastai's `Normalize` with ImageNet's statistics"
-    mean, std = imagenet_stats
-    if channels != 3: mean, std = ([float(np.mean(s))]*channels for s in (mean, std))
-    return Normalize.from_stats(mean, std, cuda=False)
+    def do_item(self, i): # One item alone: fastai asks for it to learn what a batch is
+        if self.dataset.draws:
+            self.dataset.draws.begin(self.epoch)
+            self.dataset.draws.take([i or 0])
+        return super().do_item(i)
 
+    def _read(self, which):
+        mine = which[self.rank::self.ranks] or which[:1]  # A last batch may have fewer items than there are shares
+        batch = self.dataset.batch(mine)
+        if self.device.type == 'cuda': batch = tuple(x.pin_memory().to(self.device, non_blocking=True) for x in batch)
+        return mine, len(which), batch
+
+    def to_detach(self, b, cpu=True, gather=True): return to_detach(b, cpu, gather=False)  # Who shares batches gathers them first
+
+# %% ../nbs/20_data.ipynb #28a00956
 def make_loader(
     store:Store,
     recipe:Recipe,
@@ -226,13 +297,16 @@ def make_loader(
     "A loader over any slices: for training where `seed` is given, otherwise in order, for prediction"
     if targets is None: targets = np.zeros((len(positions), len(recipe.labels)))
     rows = neighbors(store.index)[positions] if recipe.view == 'neighbors' else np.asarray(positions)
-    items = Slices(store, rows, torch.as_tensor(targets, dtype=torch.float32), size, recipe.labels, int(seed is None))
-    steps = [View(view_table(recipe, bins)), normalizer(n_channels(recipe))]
-    if seed is not None: steps.append(Augment(recipe.flip, recipe.rotate, recipe.blur, seed))
-    train = seed is not None and len(items) > bs
-    dl = SliceLoader(items, bs=bs, shuffle=seed is not None, drop_last=train, num_workers=0, after_batch=steps, device=device or default_device())
-    if seed is not None: dl.rng = random.Random(seed)
-    dl.to(device or default_device())  # The transforms' tables too
+    device, train = torch.device(device or default_device()), seed is not None
+    if device.type == 'cpu': keep_freed_memory()
+    draws = Draws(len(rows), seed) if train else None
+    items = Slices(store, rows, torch.as_tensor(targets, dtype=torch.float32), size, recipe.labels, draws)
+    steps = [View(view_table(recipe, bins))]
+    if train and (recipe.flip or recipe.rotate): steps.append(Turn(draws, recipe.flip, recipe.rotate))
+    if train and recipe.blur: steps.append(Blur(draws, recipe.blur))
+    dl = SliceLoader(items, bs=bs, shuffle=train, drop_last=train and len(items) > bs, num_workers=0, after_batch=steps, device=device)
+    dl.to(device)  # The transforms' tables too
+    dl.fake_l.generator = torch.Generator()  # torch's loader draws a number each epoch, not from what Dropout draws from
     return dl
 
 # %% ../nbs/20_data.ipynb #4056eed1
