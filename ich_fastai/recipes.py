@@ -16,7 +16,7 @@ from pathlib import Path
 from fastcore.script import CliError
 from .core import LABELS, TYPES, WINDOWS, pick, write_whole
 
-# %% ../nbs/02_recipes.ipynb #7d111ca7
+# %% ../nbs/02_recipes.ipynb #7ddc5ddd
 @dataclass(frozen=True)
 class Recipe:
     "One experiment, from the slices it learns from to its optimizer"
@@ -42,7 +42,7 @@ class Recipe:
     lr_unfrozen: float = 0.            # Peak of the cycles after unfreezing; 0 means lr
     wd: float = 0.01                   # Decoupled weight decay, fastai's default for Adam
     eps: float = 1e-5                  # Adam's epsilon, fastai's default
-    precision: str = 'fp32'            # 'fp32', 'fp16' or 'bf16', by autocast
+    precision: str = 'auto'            # 'fp32', 'fp16' or 'bf16', by autocast; 'auto' is the fastest that the device has
     # augmentation, on the batch, in training only
     flip: bool = True                  # Left and right, with probability 0.5
     rotate: float = 15.                # Degrees either way, at most
@@ -59,9 +59,9 @@ class Recipe:
     def task(self)->str: # 'binary' (any alone), 'types' (the five) or 'multilabel' (all six, or others)
         return {('any',): 'binary', TYPES: 'types'}.get(self.labels, 'multilabel')
 
-# %% ../nbs/02_recipes.ipynb #bd157974
+# %% ../nbs/02_recipes.ipynb #83981b07
 _choices = dict(kind=('cnn', 'metadata_forest', 'bright_pixels'), slices=('all', 'bleeding'), view=('hist', 'windows', 'neighbors'),
-                precision=('fp32', 'fp16', 'bf16'))
+                precision=('auto', 'fp32', 'fp16', 'bf16'))
 
 def _number(x, kind): return isinstance(x, (int, float) if kind is float else kind) and (kind is bool or not isinstance(x, bool))
 
@@ -106,7 +106,7 @@ def read_recipe(
     for key in values: pick(key, [f.name for f in fields(Recipe)], f'key in {path.name}')
     return Recipe(**{'name': path.stem, **values})
 
-# %% ../nbs/02_recipes.ipynb #6f67c757
+# %% ../nbs/02_recipes.ipynb #b7efcd75
 recipes = {}
 
 def add(recipe:Recipe)->Recipe:
@@ -121,6 +121,7 @@ khandelwal_resnet18 = add(Recipe(
     batch_sizes=(256,),
     frozen_epochs=2, epochs=(3,),      # "in just 5 epochs", three in its table; that the first two are the frozen ones is our reading
     lr=3e-3, lr_unfrozen=1e-6,         # Frozen body with BatchNorm updating, then everything
+    precision='fp32',                  # Mixed precision is an experiment of its own there
     rotate=15., flip=True, blur=0.25,  # "some images": a quarter is our reading
 ))
 
@@ -134,7 +135,7 @@ khandelwal_resnet50 = add(Recipe(
     labels=TYPES, slices='bleeding',   # "we only include the images that have bleeds"
     arch='resnet50', batch_sizes=(64,), frozen_epochs=2, epochs=(3,),  # As the binary model's: "the same hyper parameters"
     lr=3e-2, lr_unfrozen=3e-4,         # 3e-2 from its LR finder; a hundredth after unfreezing is our reading
-    wd=0.,                             # Decay is an experiment of its own there
+    wd=0., precision='fp32',           # Decay and mixed precision are experiments of their own there
     rotate=15., flip=True, blur=0.25, threshold=0.5,
 ))
 khandelwal_resnet101 = add(replace(khandelwal_resnet50, name='khandelwal_resnet101', arch='resnet101',
@@ -157,14 +158,13 @@ khandelwal_metadata_forest = add(Recipe('khandelwal_metadata_forest', kind='meta
 bright_pixels = add(Recipe('bright_pixels', kind='bright_pixels', labels=('any',),
     source="ours: count of pixels 20 HU above the brain's mean, the best single classical feature"))
 
-# %% ../nbs/02_recipes.ipynb #8ca60276
+# %% ../nbs/02_recipes.ipynb #00c0344e
 demo_resnet18 = add(Recipe(
     'demo_resnet18', source='ours: a first result in minutes on a CPU',
     arch='resnet18', pretrained=False,         # No network in the demo, so no weights to fetch
     view='windows',                            # With so few slices learned faster than 'hist': log loss 0.24 against 0.38 on phantoms
     sizes=(64, 128), batch_sizes=(32, 32),     # Small batches: few slices, so more steps an epoch
     epochs=(10, 2), lr=3e-3, lr_unfrozen=1e-3, # The second cycle starts from what the first has learned
-    precision='bf16',                          # Faster on CPUs with AVX-512 BF16, as accurate here
 ))
 demo_densenet121 = add(replace(demo_resnet18, name='demo_densenet121', arch='densenet121', epochs=(6, 1)))  # Twice as slow a slice
 demo_alexnet = add(replace(demo_resnet18, name='demo_alexnet', arch='alexnet', lr=1e-3, lr_unfrozen=3e-4, epochs=(12, 2)))  # No BatchNorm: a lower rate, more epochs
