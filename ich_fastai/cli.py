@@ -13,7 +13,7 @@ from pathlib import Path
 
 from fastcore.script import CliError, call_parse
 
-# %% ../nbs/50_cli.ipynb #e0f0f287
+# %% ../nbs/50_cli.ipynb #875803d8
 def command(f):
     "A console script from `f`, which has a parameter `quiet`"
     @wraps(f)
@@ -34,7 +34,7 @@ def _safe(line):
 
 def _say(*lines):
     "Lines for the person at the terminal"
-    if not os.environ.get('ICH_QUIET'): print(*(_safe(line) if '\n' not in str(line) else line for line in lines), sep='\n', flush=True)
+    if not os.environ.get('ICH_QUIET') and os.environ.get('RANK', '0') == '0': print(*(_safe(line) if '\n' not in str(line) else line for line in lines), sep='\n', flush=True)
 
 # %% ../nbs/50_cli.ipynb #cd9062de
 @command
@@ -158,7 +158,7 @@ def clean(
         if jpeg: _say(f'{export_jpegs(Store(folder.images), folder.path/"jpeg"):,} JPEG files in {folder.path/"jpeg"}')
         if folder.has('split'): _say(f'next: `ich-train {run} RECIPE` or `ich-compare {run} RECIPE RECIPE`')
 
-# %% ../nbs/50_cli.ipynb #7793bbe6
+# %% ../nbs/50_cli.ipynb #4caef859
 def _longer(recipe, epochs):
     "`recipe` with `epochs` epochs in each stage, where that is asked"
     from dataclasses import replace
@@ -172,14 +172,15 @@ def train(
     recipe:str, # A recipe's name, or the path of a TOML file
     epochs:int=0, # Epochs in each stage; 0 takes the recipe's
     seed:int=0, # Of weights and order
-    resume:bool=False, # Go on from the last finished stage of an interrupted training
+    resume:bool=False, # Go on from the last checkpoint of a training that was broken off
+    checkpoint_minutes:float=10., # Between two checkpoints within an epoch; each epoch ends with one anyway
     quiet:bool=False, # No progress bars, no summary
 ):
     "Train one recipe and write its model and predictions into the run folder"
     from ich_fastai.core import Run
     recipe, folder = _longer(recipe, epochs), Run(run)
     from ich_fastai.run import run_recipe
-    predictions = run_recipe(folder, recipe, seed=seed, resume=resume)
+    predictions = run_recipe(folder, recipe, seed=seed, resume=resume, minutes=checkpoint_minutes)
     _say(f'{len(predictions):,} predictions in {folder.model(recipe.name, seed)}', f'next: `ich-compare {run} {recipe.name}`')
 
 @command

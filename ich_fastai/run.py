@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['run_recipe']
 
-# %% ../nbs/27_run.ipynb #4c2485bf
+# %% ../nbs/27_run.ipynb #baa0521b
 import json, shutil
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,24 +14,29 @@ from time import perf_counter
 import numpy as np
 import pandas as pd
 from fastcore.script import CliError
-from fastai.basics import set_seed
+from fastai.basics import num_distrib, set_seed
 
-from .core import LABELS, Run, hardware, show_progress, versions, write_whole
+from .core import LABELS, Run, hardware, show_progress, sweep, versions, write_whole
 from .recipes import Recipe, get_recipe, read_recipe, write_recipe
 from .clean import Store
 from .data import labelled_slices, make_loader, prediction_frame, training_slices
-from .models import n_parameters
+from .models import n_parameters, precision_on
 from .train import find_lr, make_learner, memory_errors, predict, train_stages
 from .baselines import BASELINES
+from .distributed import first_of_all, gather, join_processes, share, shared
 from .bundle import save_bundle
 
-# %% ../nbs/27_run.ipynb #07ad762d
+# %% ../nbs/27_run.ipynb #dbf2438b
 def _open_folder(folder, recipe, resume):
     "Make the model's folder ready, or say why it cannot be"
     kept = folder/'recipe.toml'
     if kept.exists() and read_recipe(kept) != recipe:
         raise CliError(f"{folder} holds another version of '{recipe.name}': give the recipe another name, or delete that folder")
-    if not resume and not (folder/'predictions.parquet').exists(): shutil.rmtree(folder, ignore_errors=True)
+    if not resume and not (folder/'predictions.parquet').exists():
+        if (folder/'checkpoints'/'last.pt').exists():
+            raise CliError(f'{folder} holds a training that was broken off: go on with `--resume` (`resume=True`), or delete that folder to train anew')
+        shutil.rmtree(folder, ignore_errors=True)
+    sweep(folder)
     write_recipe(recipe, kept)
 
 def _learned_from(run, recipe, store, seed): # What the result says about the training data
@@ -41,62 +46,70 @@ def _learned_from(run, recipe, store, seed): # What the result says about the tr
     return dict(n_train=len(rows), n_train_positive=int(rows['any'].sum()), n_train_patients=int(store.index['PatientID'].iloc[chosen].nunique()),
                 n_train_by_label={label: int(rows[label].sum()) for label in LABELS})
 
-# %% ../nbs/27_run.ipynb #770030b7
-def _train_cnn(run, recipe, seed):
+# %% ../nbs/27_run.ipynb #6277600a
+def _train_cnn(run, recipe, seed, minutes):
     "Train a network; its probabilities over all labelled slices, and what there is to say"
     folder, learn = run.model(recipe.name, seed), make_learner(run, recipe, seed)
     with ExitStack() as quiet:
         quiet.enter_context(learn.no_logging())
         if not show_progress(): quiet.enter_context(learn.no_bar())
-        found = _kept_lr(learn, folder/'lr_find.csv', recipe)
-        train_stages(learn, run, recipe, seed, found['suggested'].iloc[0])
-    store, bins, size = learn.dls.store, learn.dls.bins, recipe.sizes[-1]
-    dl = make_loader(store, recipe, bins, labelled_slices(store.index, run.read('split')), size, recipe.batch_sizes[-1])
+        first_of_all(lambda: _find_lr(learn, folder/'lr_find.csv', recipe))
+        found = pd.read_csv(folder/'lr_find.csv')
+        with shared(learn): train_stages(learn, run, recipe, seed, found['suggested'].iloc[0], minutes)
+    dl = make_loader(learn.dls.store, recipe, learn.dls.bins, labelled_slices(learn.dls.store.index, run.read('split')), recipe.sizes[-1], recipe.batch_sizes[-1])
     start = perf_counter()
-    with memory_errors(recipe.batch_sizes[-1], size): probabilities = predict(learn.model, dl)
-    rate = len(probabilities)/(perf_counter() - start)
-    learned = _learned_from(run, recipe, store, seed)
-    save_bundle(folder/'bundle', learn.model, recipe, bins, size, dict(training=learned))
-    facts = _network_facts(recipe, learn.model, found, pd.read_csv(folder/'history.csv'))
-    return probabilities, dict(**facts, predict_images_per_second=rate, device=str(learn.dls.device))
+    with memory_errors(dl.bs, recipe.sizes[-1]): probabilities = _predict_together(learn.model, dl)
+    return probabilities, learn, dict(processes=num_distrib() or 1, predict_images_per_second=len(probabilities)/(perf_counter() - start))
 
-def _kept_lr(learn, path, recipe):
-    "The LR finder's frame, from disk where an interrupted run has left it"
-    if not path.exists():
-        with memory_errors(recipe.batch_sizes[0], recipe.sizes[0]): found = find_lr(learn)
-        with write_whole(path) as part: found.to_csv(part, index=False)
-    return pd.read_csv(path)
+def _find_lr(learn, path, recipe):
+    "The LR finder's frame, on disk; a run that was broken off may have left it there"
+    if path.exists(): return
+    with memory_errors(recipe.batch_sizes[0], recipe.sizes[0]): found = find_lr(learn)
+    with write_whole(path) as part: found.to_csv(part, index=False)
 
-def _network_facts(recipe, model, found, history):
-    suggested = float(found['suggested'].iloc[0])
-    return dict(arch=recipe.arch, parameters=n_parameters(model), trained_parameters=n_parameters(model, trained=True), pretrained=recipe.pretrained,
-                precision=recipe.precision, lr=recipe.lr or suggested, lr_suggested=suggested, seconds=history['seconds'].sum(),
+def _predict_together(model, dl): return predict(model, share(dl), gather) if num_distrib() > 1 else predict(model, dl)
+
+def _network_facts(recipe, learn, folder):
+    history, suggested, model = pd.read_csv(folder/'history.csv'), float(pd.read_csv(folder/'lr_find.csv')['suggested'].iloc[0]), learn.model
+    return dict(device=str(learn.dls.device), arch=recipe.arch, parameters=n_parameters(model), trained_parameters=n_parameters(model, trained=True), pretrained=recipe.pretrained,
+                precision=precision_on(learn.dls.device.type, recipe.precision), lr=recipe.lr or suggested, lr_suggested=suggested, seconds=history['seconds'].sum(),
                 images_per_second=history['images'].sum()/history['train_seconds'].sum())
 
-# %% ../nbs/27_run.ipynb #dfd202d1
+# %% ../nbs/27_run.ipynb #1351d8e8
 def run_recipe(
     run, # A run folder with metadata, labels, split and image store
     recipe, # A name, a `Recipe` or a TOML file
     seed:int=0, # Of weights, order, augmentation and drawn negatives
-    resume:bool=False, # Go on after the last finished stage of a broken run
+    resume:bool=False, # Go on from the last checkpoint of a run that was broken off
+    minutes:float=10., # Between two checkpoints within an epoch
 )->pd.DataFrame: # Predictions by image: all labelled slices
     "Run a recipe, or read back what it gave, with everything written to `models/<recipe>/<seed>/`"
     run, recipe = Run(run), get_recipe(recipe)
     folder = run.model(recipe.name, seed)
-    _open_folder(folder, recipe, resume)
-    if (folder/'predictions.parquet').exists(): return _kept_predictions(folder, run.read('split'))
-    store, start = Store(run.images), perf_counter()
-    _check_sizes(store, recipe)
-    set_seed(seed)
-    if recipe.kind == 'cnn':
-        probabilities, facts = _train_cnn(run, recipe, seed)
+    join_processes()
+    first_of_all(lambda: _open_folder(folder, recipe, resume))
+    if not (folder/'predictions.parquet').exists():
+        _check_sizes(Store(run.images), recipe)
+        set_seed(seed)
+        if recipe.kind == 'cnn': _run_cnn(run, recipe, seed, minutes)
+        else: first_of_all(lambda: _run_baseline(run, recipe, seed))
+    return _kept_predictions(folder, run.read('split'))
+
+def _run_cnn(run, recipe, seed, minutes):
+    probabilities, learn, facts = _train_cnn(run, recipe, seed, minutes)
+    def write():
+        store, bins, folder = learn.dls.store, learn.dls.bins, run.model(recipe.name, seed)
+        learned = _learned_from(run, recipe, store, seed)
+        save_bundle(folder/'bundle', learn.model, recipe, bins, recipe.sizes[-1], dict(training=learned, store_size=store.sizes[-1]))
         predictions = prediction_frame(recipe, store.index, run.read('split'), probabilities)
-    else:
-        predictions = BASELINES[recipe.kind](run, recipe, seed)
-        facts = dict(seconds=perf_counter() - start, device='cpu')
-    facts.update(_learned_from(run, recipe, store, seed))
-    _write_result(folder, recipe, seed, facts, predictions)
-    return predictions
+        _write_result(folder, recipe, seed, {**_network_facts(recipe, learn, folder), **facts, **learned}, predictions)
+    first_of_all(write)
+
+def _run_baseline(run, recipe, seed):
+    start = perf_counter()
+    predictions = BASELINES[recipe.kind](run, recipe, seed)
+    facts = dict(seconds=perf_counter() - start, device='cpu', **_learned_from(run, recipe, Store(run.images), seed))
+    _write_result(run.model(recipe.name, seed), recipe, seed, facts, predictions)
 
 def _kept_predictions(folder, split):
     "Predictions made before, where they are of this split"

@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['LabelLoss', 'learner_metrics', 'LossScale', 'make_learner', 'find_lr', 'plot_lr_find', 'Stage', 'stages', 'History',
-           'StepLosses', 'StopOnNaN', 'memory_errors', 'fit_stage', 'checkpoint', 'train_stages', 'predict']
+           'StepLosses', 'StopOnNaN', 'plot_history', 'LiveFigure', 'memory_errors', 'fingerprint', 'read_checkpoint',
+           'Checkpoint', 'fit_stage', 'SameData', 'train_stages', 'predict']
 
-# %% ../nbs/23_train.ipynb #82437542
-import csv
+# %% ../nbs/23_train.ipynb #029c74df
+import csv, hashlib, random
 from contextlib import contextmanager
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
+from pickle import UnpicklingError
 from time import perf_counter
 from typing import NamedTuple
 
@@ -19,9 +21,10 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from fastcore.foundation import L
+from fastcore.imports import IN_NOTEBOOK
 from fastcore.script import CliError
-from fastai.basics import Learner, set_seed
-from fastai.callback.core import Callback
+from fastai.basics import Learner, get_model, rank_distrib, replacing_yield, set_seed
+from fastai.callback.core import Callback, CancelEpochException
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback import progress as _bars, schedule as _schedule  # They add bars, lr_find and fit_one_cycle to the Learner
 from fastai.data.core import DataLoaders
@@ -30,13 +33,13 @@ from fastai.metrics import AccumMetric, ActivationType
 from fastai.optimizer import Adam
 from torch.amp import GradScaler
 
-from .core import LABELS, Run, disk_errors, progress, write_whole
+from .core import LABELS, Run, disk_errors, progress, show_progress, write_whole
 from .recipes import Recipe, get_recipe
 from .metrics import accuracy_multi, auroc, recall, weighted_log_loss
 from .data import make_dls
-from .models import Net, body_and_head, create_model, load_weights, save_weights
+from .models import Net, body_and_head, create_model, load_weights, precision_on, save_weights
 
-# %% ../nbs/23_train.ipynb #70a4f853
+# %% ../nbs/23_train.ipynb #cafcb655
 class LabelLoss(BCEWithLogitsLossFlat):
     "Binary cross-entropy on logits; all six labels are weighted as in the challenge"
     def __init__(self,
@@ -47,8 +50,8 @@ class LabelLoss(BCEWithLogitsLossFlat):
         self.weights /= self.weights.mean()
 
     def __call__(self, inp, targ, **kwargs): # [n, k] and [n, k]
-        inp, targ = inp.as_subclass(torch.Tensor), targ.as_subclass(torch.Tensor).float()
-        return F.binary_cross_entropy_with_logits(inp, targ, weight=self.weights.to(inp.device))
+        inp, targ = inp.as_subclass(torch.Tensor), targ.as_subclass(torch.Tensor)
+        return F.binary_cross_entropy_with_logits(inp, targ.to(inp.dtype), weight=self.weights.to(inp))
 
 # %% ../nbs/23_train.ipynb #c1a1a717
 def _any_of(metric, labels):
@@ -69,7 +72,7 @@ def learner_metrics(
     if recipe.labels == LABELS: shown.update(log_loss=weighted_log_loss, auroc_any=_any_of(auroc, LABELS))
     return L(AccumMetric(f, activation=ActivationType.Sigmoid, to_np=True, flatten=False, name=name) for name, f in shown.items())
 
-# %% ../nbs/23_train.ipynb #38864f33
+# %% ../nbs/23_train.ipynb #e209f9e1
 class LossScale(MixedPrecision):
     "fastai's loss scaling for fp16, on any device; the model runs its own autocast"
     def before_fit(self): self.learn.scaler, self.scales = GradScaler(self.dls.device.type), L()
@@ -91,7 +94,7 @@ def make_learner(
     set_seed(seed)
     model = create_model(recipe, recipe.pretrained).to(dls.device)
     learn = Learner(dls, model, loss_func=LabelLoss(recipe.labels), opt_func=partial(Adam, eps=recipe.eps), lr=recipe.lr or 1e-3,
-                    splitter=body_and_head, metrics=learner_metrics(recipe), cbs=[LossScale()] if recipe.precision == 'fp16' else [],
+                    splitter=body_and_head, metrics=learner_metrics(recipe), cbs=[LossScale()] if precision_on(dls.device.type, recipe.precision) == 'fp16' else [],
                     wd=recipe.wd, path=run.model(recipe.name, seed), model_dir='checkpoints')
     if recipe.frozen_epochs: learn.freeze()
     return learn
@@ -138,9 +141,10 @@ def stages(
     first = recipe.lr or suggested
     return [Stage(i, *row, recipe.lr_unfrozen or first if i else first) for i, row in enumerate(rows)]
 
-# %% ../nbs/23_train.ipynb #6f9641d2
+# %% ../nbs/23_train.ipynb #f49c79d3
 def _append(path, rows):
     "Add rows (dicts of the same keys) to a CSV file, with its header where it is new"
+    if not rows: return
     path.parent.mkdir(parents=True, exist_ok=True)
     with disk_errors(path), open(path, 'a', newline='') as f:
         out = csv.DictWriter(f, rows[0])
@@ -152,7 +156,7 @@ class History(Callback):
     order = 55  # After Recorder, which has the figures
     def __init__(self, path, stage): self.file, self.stage = Path(path), stage
     def before_epoch(self): self.start, self.images = perf_counter(), 0
-    def after_batch(self): self.images += len(self.xb[0]) if self.training else 0
+    def after_batch(self): self.images += self.dl.whole if self.training else 0
     def after_train(self): self.train_seconds = perf_counter() - self.start
     def after_epoch(self):
         figures = dict(zip(self.recorder.metric_names[1:-1], self.learn.final_record))
@@ -160,23 +164,54 @@ class History(Callback):
                                  train_seconds=self.train_seconds, seconds=perf_counter() - self.start)])
 
 class StepLosses(Callback):
-    "A line of losses.csv a step, written each epoch"
+    "A line of losses.csv a step, written each epoch and where a checkpoint asks for it"
     order, run_valid = 56, False
     def __init__(self, path, stage): self.file, self.stage = Path(path), stage
-    def before_fit(self): self.step = len(pd.read_csv(self.file)) if self.file.exists() else 0
-    def before_epoch(self): self.rows = []
+    def before_fit(self): self.step, self.rows = len(pd.read_csv(self.file)) if self.file.exists() else 0, []
     def after_batch(self):
-        self.rows.append(dict(stage=self.stage.number, step=self.step, lr=self.opt.hypers[-1]['lr'], loss=self.loss.item()))
+        self.rows.append(dict(stage=self.stage.number, step=self.step, lr=self.opt.hypers[-1]['lr'], loss=self.learn.loss.detach()))
         self.step += 1
-    def after_epoch(self): _append(self.file, self.rows)
+    def after_epoch(self): self.write()
+    def write(self):
+        _append(self.file, [{**row, 'loss': row['loss'].item()} for row in self.rows])  # A GPU is asked once an epoch
+        self.rows = []
 
 class StopOnNaN(Callback):
     "Stop with a line that says what to do when the loss is not a number"
-    order, run_valid = -10, False
+    order, run_valid = 20, False  # After the loss of processes that share a batch is put together
     def after_loss(self):
-        if torch.isfinite(self.loss): return
+        if torch.isfinite(self.learn.loss): return
         rate = self.opt.hypers[-1]['lr']
-        raise CliError(f"the loss became {self.loss.item()} in epoch {self.epoch} at a learning rate of {rate:.1e}: lower `lr`, or set `precision = 'fp32'`")
+        raise CliError(f"the loss became {self.learn.loss.item()} in epoch {self.epoch} at a learning rate of {rate:.1e}: lower `lr`, or set `precision = 'fp32'`")
+
+# %% ../nbs/23_train.ipynb #73d3204f
+def plot_history(
+    folder, # With history.csv: a model's
+    fig=None, # A figure to draw on
+): # Figure
+    "Losses and metrics by epoch, over all stages"
+    from matplotlib.figure import Figure
+    history, fig = pd.read_csv(Path(folder)/'history.csv'), fig or Figure(figsize=(7, 2.4), layout='constrained')
+    fig.clear()
+    losses = [c for c in history if c.endswith('_loss') and c != 'log_loss']
+    metrics = [c for c in history.loc[:, 'valid_loss':'images'].columns[1:-1] if c != 'log_loss']
+    history.index += 1
+    for ax, columns in zip(fig.subplots(1, 2), (losses, metrics)):
+        history[columns].plot(ax=ax, marker='.', xlabel='epoch')
+        for i in np.flatnonzero(history['stage'].diff() > 0): ax.axvline(i + 0.5, color='lightgrey', lw=1, zorder=0)
+        ax.legend(fontsize='small')
+        ax.xaxis.get_major_locator().set_params(integer=True)
+    return fig
+
+class LiveFigure(Callback):
+    "`plot_history` after each epoch, in the place of the last one"
+    order = 58  # After History
+    def __init__(self, folder): self.folder, self.shown = folder, None
+    def after_epoch(self):
+        from IPython.display import display
+        figure = plot_history(self.folder)
+        if self.shown: self.shown.update(figure)
+        else: self.shown = display(figure, display_id=True)
 
 # %% ../nbs/23_train.ipynb #9ef0d259
 @contextmanager
@@ -190,35 +225,155 @@ def memory_errors(
         if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and 'allocate memory' not in str(e): raise
         raise CliError(f'{bs} slices of {size} px do not fit into memory: set `batch_sizes` in the recipe to {max(bs//2, 1)} for that size') from e
 
-# %% ../nbs/23_train.ipynb #bc252ef8
+# %% ../nbs/23_train.ipynb #1d397835
+@lru_cache
+def _hash(path, modified):
+    return hashlib.blake2b(pd.util.hash_pandas_object(pd.read_parquet(path)).to_numpy().tobytes(), digest_size=16).hexdigest()
+
+def fingerprint(
+    run:Run,
+)->dict: # A hash by frame
+    "What a training depends on: which slices lie in the store, their labels, their split"
+    files = {name: run.file(name) for name in ('index', 'labels', 'split')}
+    marks = {name: _hash(str(path), path.stat().st_mtime_ns) for name, path in files.items()}
+    return {**marks, 'pictures': str(pd.read_parquet(files['index'], columns=[]).attrs.get('key'))}
+
+def _random_state():
+    name, keys, *rest = np.random.get_state()
+    return dict(torch=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+                python=random.getstate(), numpy=(name, keys.tolist(), *rest))
+
+def _set_random_state(state):
+    torch.set_rng_state(state['torch'].cpu())
+    if state['cuda']: torch.cuda.set_rng_state_all([s.cpu() for s in state['cuda']])
+    random.setstate(state['python'])
+    np.random.set_state(state['numpy'])
+
+def read_checkpoint(
+    folder, # `checkpoints/` of a model
+    device='cpu', # Where the optimizer's state is wanted
+)->dict: # None where there is none
+    "The last checkpoint, with the path of its weights as `weights`"
+    path = Path(folder)/'last.pt'
+    if not path.exists(): return None
+    try: state = torch.load(path, map_location=device, weights_only=True)
+    except (RuntimeError, EOFError, ValueError, UnpicklingError) as e: raise CliError(f'{path} is damaged: delete {path.parent.parent} to train anew') from e
+    return {**state, 'weights': path.parent/state['weights']}
+
+class Checkpoint(Callback):
+    "Keep what a broken training needs, after each epoch and every few minutes; go on from it"
+    order, run_valid = 60, False  # After all that writes down an epoch
+    def __init__(self,
+        folder, # `checkpoints/` of a model
+        stage:Stage,
+        marks:dict, # From `fingerprint`
+        minutes:float=10., # Between two checkpoints within an epoch; 0 keeps one after each step
+        state:dict=None, # From `read_checkpoint`, to go on in the middle of the stage
+        writes:bool=True, # Only one of several processes does
+    ): self.folder, self.stage, self.marks, self.minutes, self.state, self.writes = Path(folder), stage, marks, minutes, state, writes
+
+    def before_fit(self):
+        self.saved_at, self.best = perf_counter(), float('inf')
+        if not self.state: return
+        self.opt.load_state_dict(self.state['opt'])
+        self.best = self.state['best']
+        smooth = self.recorder.smooth_loss
+        smooth.count, smooth.val = self.state['smooth'][0], torch.tensor(self.state['smooth'][1])
+        if self.state['scaler']: self.learn.scaler.load_state_dict(self.state['scaler'])
+
+    def before_train(self):
+        self.learn.dl.epoch, self.batch = self.epoch - 1, 0
+        if not self.state: return
+        state, self.state = self.state, None
+        self.batch = self.learn.dl.first = state['batch']
+        done, self.learn.train_iter = state['at']
+        if self.batch:
+            self.learn.pct_train = done
+            if self.writes: self.history.images, self.history.start = state['images'], perf_counter() - state['seconds']
+        _set_random_state(state['random'])
+
+    def after_batch(self):
+        self.batch += 1
+        if self.writes and perf_counter() - self.saved_at > self.minutes*60: self.save(self.epoch, self.batch)
+
+    def after_epoch(self):
+        if not self.writes: return
+        loss = self.recorder.final_record[1]
+        self._check_weights()
+        if loss < self.best:
+            self.best = loss
+            save_weights(get_model(self.model), self.folder/'best.safetensors')
+        self.save(self.epoch + 1, 0)
+
+    def _check_weights(self):
+        if all(t.isfinite().all() for t in get_model(self.model).state_dict().values()): return
+        raise CliError(f"weights stopped being numbers in epoch {self.epoch}: lower `lr`, or set `precision = 'fp32'`")
+
+    def save(self, epoch, batch):
+        "Keep the state before `batch` of `epoch`"
+        self._check_weights()
+        self.step_losses.write()
+        weights = self.folder/f'stage-{self.stage.number}-epoch-{epoch}-batch-{batch}.safetensors'
+        save_weights(get_model(self.model), weights)
+        with write_whole(self.folder/'last.pt') as part: torch.save(dict(weights=weights.name, epoch=epoch, batch=batch, **self._state()), part)
+        for path in self.folder.glob('stage-*.safetensors'):
+            if path != weights: path.unlink()
+        self.saved_at = perf_counter()
+
+    def _state(self):
+        opt, scaler, smooth = self.opt.state_dict(), getattr(self.learn, 'scaler', None), self.recorder.smooth_loss
+        return dict(stage=self.stage.number, marks=self.marks, best=self.best, random=_random_state(), scaler=scaler and scaler.state_dict(),
+                    opt={**opt, 'hypers': [{k: float(v) for k, v in h.items()} for h in opt['hypers']]},
+                    at=(self.pct_train, self.train_iter), smooth=(smooth.count, float(smooth.val)), step=self.step_losses.step,
+                    images=self.history.images, seconds=perf_counter() - self.history.start)
+
+# %% ../nbs/23_train.ipynb #1004d9c4
+@contextmanager
+def _starting_at(learn, epoch):
+    "fastai's loop over the epochs, from `epoch` on"
+    def fit():
+        for learn.epoch in range(epoch, learn.n_epoch): learn._with_events(learn._do_epoch, 'epoch', CancelEpochException)
+    return replacing_yield(learn, '_do_fit', fit)
+
 def fit_stage(
     learn:Learner, # Its `dls` are the stage's
     stage:Stage,
     folder, # For history.csv and losses.csv
+    cbs=(), # More callbacks
+    epoch:int=0, # The first one
 ):
     "One one-cycle, with a fresh optimizer"
     learn.create_opt()
     if stage.frozen: learn.freeze()
     else: learn.unfreeze()
-    logs = [History(Path(folder)/'history.csv', stage), StepLosses(Path(folder)/'losses.csv', stage), StopOnNaN()]
     try:
-        with memory_errors(stage.bs, stage.size): learn.fit_one_cycle(stage.epochs, stage.lr, cbs=logs)
+        with memory_errors(stage.bs, stage.size), _starting_at(learn, epoch):
+            learn.fit_one_cycle(stage.epochs, stage.lr, cbs=[StopOnNaN(), *cbs])
     except CliError as e: raise CliError(str(e).rsplit('\n\t', 1)[-1]) from e  # Without fastai's "Exception occured in"
 
-# %% ../nbs/23_train.ipynb #f211bc7f
-def checkpoint(
-    folder, # The model's
-    stage:Stage,
-)->Path:
-    "Where the weights after a stage are kept"
-    return Path(folder)/'checkpoints'/f'stage-{stage.number}.safetensors'
+# %% ../nbs/23_train.ipynb #8ebc9563
+_what = dict(index='the image store', pictures='the image store', labels='the labels', split='the split')
 
-def _keep_finished(folder, done):
-    "Take the lines of stages that were not finished out of the logs"
-    for path in Path(folder)/'history.csv', Path(folder)/'losses.csv':
+def _same_data(run, marks, folder):
+    "Refuse to go on with other data than the training began with"
+    for name, mark in fingerprint(run).items():
+        if marks[name] != mark: raise CliError(f'{_what[name]} of {run.path} changed since this training began: put it back, or delete {folder} to train anew')
+
+class SameData(Callback):
+    "Stop where the run folder's data are exchanged during a training"
+    order, run_valid = 59, False  # Before the epoch's checkpoint
+    def __init__(self, run, marks, folder): self.run_folder, self.marks, self.folder = run, marks, folder
+    def after_epoch(self): _same_data(self.run_folder, self.marks, self.folder)
+
+def _cut_logs(folder, state):
+    "Take out of the logs what came after the checkpoint"
+    at, step = (state['stage'], state['epoch']) if state else (0, 0), state['step'] if state else 0
+    keep = dict(history=lambda f: [(s, e) < at for s, e in zip(f['stage'], f['epoch'])], losses=lambda f: f['step'] < step)
+    for name, rows in keep.items():
+        path = Path(folder)/f'{name}.csv'
         if not path.exists(): continue
         frame = pd.read_csv(path)
-        with write_whole(path) as part: frame[frame['stage'] < done].to_csv(part, index=False)
+        with write_whole(path) as part: frame[rows(frame)].to_csv(part, index=False)
 
 def train_stages(
     learn:Learner, # From `make_learner`
@@ -226,25 +381,42 @@ def train_stages(
     recipe:Recipe,
     seed:int=0,
     suggested:float=1e-3, # The LR finder's
+    minutes:float=10., # Between two checkpoints within an epoch
 )->Learner: # With the loaders of the last stage
-    "Run the recipe's stages, from the last finished one on"
+    "Run the recipe's stages, from the last checkpoint on where there is one"
     folder, plan = run.model(recipe.name, seed), stages(recipe, suggested)
-    done = next((s.number for s in plan if not checkpoint(folder, s).exists()), len(plan))
-    _keep_finished(folder, done)
-    if done: load_weights(learn.model, checkpoint(folder, plan[done-1]))
-    for stage in plan[done:]:
+    kept, writes = folder/'checkpoints', rank_distrib() == 0
+    state = read_checkpoint(kept, learn.dls.device)
+    marks = state['marks'] if state else fingerprint(run)
+    _same_data(run, marks, folder)
+    if writes: _cut_logs(folder, state)
+    if state: load_weights(learn.model, state['weights'])
+    for stage in plan[state['stage'] if state else 0:]:
         learn.dls = make_dls(run, recipe, stage.size, stage.bs, seed, stage.number)
-        set_seed(seed + 1000*stage.number)
-        fit_stage(learn, stage, folder)
-        save_weights(learn.model, checkpoint(folder, stage))
+        if state and state['epoch'] == stage.epochs: state = None  # This one was finished
+        else:
+            set_seed(seed + 1000*stage.number)
+            cbs = [SameData(run, marks, folder), Checkpoint(kept, stage, marks, minutes, state, writes), *(_journal(folder, stage) if writes else [])]
+            try: fit_stage(learn, stage, folder, cbs, state['epoch'] if state else 0)
+            except CliError as e: raise CliError(f'{e}{_last_good(kept)}') from e
+            state = None
     return learn
 
-# %% ../nbs/23_train.ipynb #9d0e8b2c
+def _journal(folder, stage):
+    live = [LiveFigure(folder)] if show_progress() and IN_NOTEBOOK else []
+    return [History(folder/'history.csv', stage), StepLosses(folder/'losses.csv', stage), *live]
+
+def _last_good(kept):
+    at = read_checkpoint(kept)
+    return f' (the last good weights: {at["weights"]})' if at else ''
+
+# %% ../nbs/23_train.ipynb #c017b8a3
 @torch.inference_mode()
 def predict(
     model:Net,
     dl, # From `make_loader`, without a seed
+    collect=lambda logits, n: logits, # Puts the shares of several processes together, `n` slices in all
 )->np.ndarray: # float32 [n, k] probabilities
     "What the model says about each slice of a loader"
     model.to(dl.device).eval()
-    return torch.cat([model(x).sigmoid().cpu() for x, _ in progress(dl, label='predicting')]).numpy()
+    return torch.cat([collect(model(x), dl.whole).sigmoid().cpu() for x, _ in progress(dl, label='predicting')]).numpy()
