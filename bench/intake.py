@@ -3,7 +3,6 @@ import argparse, json, os, subprocess, sys, tempfile, time, warnings
 os.environ.update(OMP_NUM_THREADS='1', ICH_QUIET='1')  # One core each, and no progress bars
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from datetime import date
 from functools import partial
 from io import BytesIO
 from multiprocessing import get_context
@@ -15,65 +14,14 @@ import pandas as pd
 import pydicom
 from PIL import Image
 from ich_fastai.clean import clean_images, crop, gray_levels, head_box, resize
-from ich_fastai.core import LABELS, TYPES, WINDOWS, Run, hardware, versions
+from ich_fastai.core import LABELS, TYPES, WINDOWS, Run
 from ich_fastai.dicom import HU_MAX, HU_MIN, freqhist_bins, hist_lut, hu, slice_rows, window_lut
 from ich_fastai.labels import read_labels
 from ich_fastai.metadata import read_metadata
 from ich_fastai.phantom import HEADERS, plan_studies, write_study
+from sides import Table, about, cpu_ms, rounds_of, wall, write_page
 
 SIZE, QUALITY, CHANNELS = 256, 90, ('brain', 'subdural', 'brain_bone')  # Of the JPEG files, on both sides
-
-# What is measured with: a table, and costs by round
-
-class Table:
-    "Ours against another way, a row a figure: as text, as Markdown, as named numbers"
-    columns = ('what', 'ours', 'against', 'ratio', 'wanted', 'met')
-    def __init__(self): self.rows, self.figures, self.notes = [], {}, []
-
-    def _add(self, name, cells, met, **figures):
-        self.rows.append((*cells, {True: 'yes', False: 'NO', None: ''}[met if met is None else bool(met)]))
-        self.figures |= {f'{name}_{k}': round(float(v), 4) for k, v in figures.items()} | ({} if met is None else {f'{name}_met': bool(met)})
-        print(' | '.join(self.rows[-1]), flush=True)
-
-    def faster(self, name, what, costs, unit, at_least=None): # costs [rounds, 2]: ours, theirs
-        (ours, theirs), ratio = np.median(costs, 0), np.median(costs[:, 1]/costs[:, 0])
-        self._add(name, (what, f'{ours:.3g} {unit}', f'{theirs:.3g} {unit}', f'{ratio:.2f} x faster', f'>= {at_least}' if at_least else ''),
-                  ratio >= at_least if at_least else None, ours=ours, against=theirs, ratio=ratio)
-
-    def within(self, name, what, costs, unit, at_most): # costs [rounds, 2]: ours, what it is held against
-        (ours, other), ratio = np.median(costs, 0), np.median(costs[:, 0]/costs[:, 1])
-        self._add(name, (what, f'{ours:.3g} {unit}', f'{other:.3g} {unit}', f'{ratio:.2f} x', f'<= {at_most}'), ratio <= at_most,
-                  ours=ours, against=other, ratio=ratio)
-
-    def limit(self, name, what, value, unit, at_most):
-        self._add(name, (what, f'{value:.3g} {unit}', '', '', f'<= {at_most} {unit}'), value <= at_most, ours=value)
-
-    def note(self, line):
-        self.notes.append(line)
-        print(line, flush=True)
-
-    def text(self):
-        widths = [max(len(row[i]) for row in [self.columns, *self.rows]) for i in range(len(self.columns))]
-        return '\n'.join('  '.join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in [self.columns, *self.rows])
-
-    def markdown(self):
-        rows = [self.columns, ['---']*len(self.columns), *self.rows]
-        return '\n'.join('| ' + ' | '.join(row) + ' |' for row in rows)
-
-def rounds_of(n, *sides, warm=True): # Costs [n, sides]; a side is a function that gives its cost
-    "The sides in turn, round by round, so that what else the machine does falls on all of them"
-    if warm: [side() for side in sides]
-    return np.array([[side() for side in sides] for _ in range(n)])
-
-def cpu_ms(fn, files): # Milliseconds of CPU a file: of all threads, and no matter who else is at work on this machine
-    start = time.process_time()
-    for f in files: fn(f)
-    return (time.process_time() - start)*1e3/len(files)
-
-def wall(fn): # Seconds by the clock
-    start = time.perf_counter()
-    fn()
-    return time.perf_counter() - start
 
 def equal(ok, what):
     if not ok: sys.exit(f'MISMATCH: {what}')
@@ -380,13 +328,8 @@ def measure(args):
         for name in [args.only] if args.only else SECTIONS: SECTIONS[name](table, job)
     return table
 
-def about(args): # The circumstances, a line each
-    machine = hardware()
-    used = versions(('ich_fastai', 'fastai', 'torch', 'pydicom', 'numpy', 'pandas', 'pyarrow', 'pillow', 'kornia', 'distributed'))
-    return [f"{date.today()}, `{' '.join(['python bench/intake.py', *sys.argv[1:]])}`",
-            f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB, {machine['system']}",
-            ', '.join(f'{k} {v}' for k, v in used.items()),
-            'Medians over rounds in which the sides take turns, ratio by round. One core each, CPU time, but for worker processes and Dask: by the clock.']
+PACKAGES = 'fastai', 'torch', 'pydicom', 'numpy', 'pandas', 'pyarrow', 'pillow', 'kornia', 'distributed'
+NOTE = 'Medians over rounds in which the sides take turns, ratio by round. One core each, CPU time, but for worker processes and Dask: by the clock.'
 
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__)
@@ -397,8 +340,7 @@ if __name__=='__main__':
     p.add_argument('--json', action='store_true', help='one JSON object on the last line')
     args = p.parse_args()
     table = measure(args)
-    print('', *about(args), '', table.text(), sep='\n')
-    if args.write or not (args.quick or args.only or args.files):
-        text = '\n\n'.join(['# Intake, measured', *about(args), *table.notes, table.markdown()])
-        (Path(__file__).parent/'results'/'intake.md').write_text(text + '\n')
+    lines = about('intake', PACKAGES, NOTE)
+    print('', *lines, '', table.text(), sep='\n')
+    if args.write or not (args.quick or args.only or args.files): write_page('intake', 'Intake, measured', lines, table)
     if args.json: print(json.dumps(table.figures))
