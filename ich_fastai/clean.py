@@ -241,9 +241,9 @@ def _index(metadata, boxes, min_brain):
     return metadata[_index_columns].assign(**dict(zip(('top', 'left', 'side'), boxes.T)), part=at//PART, row=at%PART,
                                            kept=metadata.img_pct_window >= min_brain)
 
-# %% ../nbs/13_clean.ipynb #88965949
+# %% ../nbs/13_clean.ipynb #b5fd07a3
 @lru_cache(maxsize=4096)
-def _mapped(path, modified): return np.load(path, mmap_mode='r')
+def _mapped(path, modified): return np.asarray(np.load(path, mmap_mode='r'))
 
 class Store:
     "The image store: pictures by position, in study order"
@@ -261,9 +261,12 @@ class Store:
     def __len__(self): return len(self.index)
     def __repr__(self): return f'Store of {len(self):,} slices at {", ".join(map(str, self.sizes))} px'
 
-    def _take(self, part, rows, size):
+    def _take(self, part, rows, size, into):
+        "Copy pictures of one part, each at once"
         path = self.path/str(size)/f'part-{part:05d}.npy'
-        try: return _mapped(str(path), path.stat().st_mtime_ns)[rows]
+        try:
+            pictures = _mapped(str(path), path.stat().st_mtime_ns)
+            for row, out in zip(rows, into): out[:] = pictures[row]
         except (OSError, ValueError, EOFError, IndexError) as e:
             raise CliError(f'{path} is damaged or missing: mend it with `ich-clean {self.path.parent} --size {self.sizes[-1]}`') from e
 
@@ -278,7 +281,7 @@ class Store:
         parts = self._part[positions]
         for part in np.unique(parts):
             here = parts == part
-            out[here] = self._take(part, self._row[positions[here]], size)
+            self._take(part, self._row[positions[here]], size, [out[i] for i in np.flatnonzero(here)])
         return out
 
 # %% ../nbs/13_clean.ipynb #991557d5
