@@ -7,10 +7,11 @@ __all__ = ['LabelLoss', 'learner_metrics', 'LossScale', 'make_learner', 'find_lr
            'StepLosses', 'StopOnNaN', 'plot_history', 'LiveFigure', 'memory_errors', 'fingerprint', 'read_checkpoint',
            'Checkpoint', 'fit_stage', 'SameData', 'train_stages', 'predict']
 
-# %% ../nbs/23_train.ipynb #029c74df
+# %% ../nbs/23_train.ipynb #9495e18c
 import csv, hashlib, random
 from contextlib import contextmanager
 from functools import lru_cache, partial
+from io import StringIO
 from pathlib import Path
 from pickle import UnpicklingError
 from time import perf_counter
@@ -33,7 +34,7 @@ from fastai.metrics import AccumMetric, ActivationType
 from fastai.optimizer import Adam
 from torch.amp import GradScaler
 
-from .core import LABELS, Run, disk_errors, progress, show_progress, write_whole
+from .core import LABELS, Run, disk_errors, printable, progress, show_progress, write_whole
 from .recipes import Recipe, get_recipe
 from .metrics import accuracy_multi, auroc, recall, weighted_log_loss
 from .data import make_dls
@@ -327,7 +328,7 @@ class Checkpoint(Callback):
                     at=(self.pct_train, self.train_iter), smooth=(smooth.count, float(smooth.val)), step=self.step_losses.step,
                     images=self.history.images, seconds=perf_counter() - self.history.start)
 
-# %% ../nbs/23_train.ipynb #1004d9c4
+# %% ../nbs/23_train.ipynb #e442de8b
 @contextmanager
 def _starting_at(learn, epoch):
     "fastai's loop over the epochs, from `epoch` on"
@@ -338,7 +339,6 @@ def _starting_at(learn, epoch):
 def fit_stage(
     learn:Learner, # Its `dls` are the stage's
     stage:Stage,
-    folder, # For history.csv and losses.csv
     cbs=(), # More callbacks
     epoch:int=0, # The first one
 ):
@@ -351,12 +351,14 @@ def fit_stage(
             learn.fit_one_cycle(stage.epochs, stage.lr, cbs=[StopOnNaN(), *cbs])
     except CliError as e: raise CliError(str(e).rsplit('\n\t', 1)[-1]) from e  # Without fastai's "Exception occured in"
 
-# %% ../nbs/23_train.ipynb #8ebc9563
+# %% ../nbs/23_train.ipynb #c5429a6e
 _what = dict(index='the image store', pictures='the image store', labels='the labels', split='the split')
 
 def _same_data(run, marks, folder):
     "Refuse to go on with other data than the training began with"
-    for name, mark in fingerprint(run).items():
+    try: now = fingerprint(run)
+    except OSError as e: raise CliError(f'{printable(e)}: put it back, then go on with `--resume`') from e
+    for name, mark in now.items():
         if marks[name] != mark: raise CliError(f'{_what[name]} of {run.path} changed since this training began: put it back, or delete {folder} to train anew')
 
 class SameData(Callback):
@@ -372,7 +374,11 @@ def _cut_logs(folder, state):
     for name, rows in keep.items():
         path = Path(folder)/f'{name}.csv'
         if not path.exists(): continue
-        frame = pd.read_csv(path)
+        whole, newline, _ = path.read_text().rpartition('\n')  # A kill may have torn the last line
+        if not newline:
+            path.unlink()
+            continue
+        frame = pd.read_csv(StringIO(whole + newline))
         with write_whole(path) as part: frame[rows(frame)].to_csv(part, index=False)
 
 def train_stages(
@@ -397,7 +403,7 @@ def train_stages(
         else:
             set_seed(seed + 1000*stage.number)
             cbs = [SameData(run, marks, folder), Checkpoint(kept, stage, marks, minutes, state, writes), *(_journal(folder, stage) if writes else [])]
-            try: fit_stage(learn, stage, folder, cbs, state['epoch'] if state else 0)
+            try: fit_stage(learn, stage, cbs, state['epoch'] if state else 0)
             except CliError as e: raise CliError(f'{e}{_last_good(kept)}') from e
             state = None
     return learn
