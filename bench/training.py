@@ -32,11 +32,11 @@ def cpu(fn): # Seconds of CPU of all threads
 
 # The loader
 
-def fastai_loader(job, positions, size, augmented, bs=64): # ImageDataLoaders over JPEG of 256 px, three windows as colors
+def fastai_loader(store, jpeg, positions, size, augmented, bs=64): # ImageDataLoaders over JPEG of 256 px, three windows as colors
     from fastai.vision.all import ImageDataLoaders, Resize, aug_transforms
-    frame = pd.DataFrame(dict(name=[f'{i}.jpg' for i in job.store.index.index[positions]], label=['a', 'b']*(len(positions)//2)))
+    frame = pd.DataFrame(dict(name=[f'{i}.jpg' for i in store.index.index[positions]], label=['a', 'b']*(len(positions)//2)))
     turned = aug_transforms(do_flip=True, max_rotate=15, p_affine=1., max_zoom=1., max_lighting=0., max_warp=0.) if augmented else None
-    return ImageDataLoaders.from_df(frame, path=job.jpeg, valid_pct=0.01, seed=0, item_tfms=Resize(size), batch_tfms=turned, bs=bs, num_workers=0, device='cpu').train
+    return ImageDataLoaders.from_df(frame, path=jpeg, valid_pct=0.01, seed=0, item_tfms=Resize(size), batch_tfms=turned, bs=bs, num_workers=0, device='cpu').train
 
 def passed(dl): # CPU milliseconds a slice, over a whole pass
     n = 0
@@ -45,19 +45,21 @@ def passed(dl): # CPU milliseconds a slice, over a whole pass
         for x, _ in dl: n += len(x)
     return cpu(run)*1e3/n
 
-def measure_loader(table, job):
+def loader_costs(path, jpeg, view, augmented, size, n, rounds): # [rounds, 2], in a fresh process, as a training is one
     torch.set_num_threads(1)
-    positions = np.arange(256 if job.quick else 1024)
+    store, positions = Store(Run(path).images), np.arange(n)
+    bins = hist_bins(store, np.arange(len(store)))
+    ours = make_loader(store, Recipe('loader', view=view), bins, positions, size, 64, seed=0 if augmented else None, device='cpu')
+    theirs = fastai_loader(store, jpeg, positions, size, augmented)
+    return rounds_of(rounds, lambda: passed(ours), lambda: passed(theirs))
+
+def measure_loader(table, job):
     for view, wanted in ('hist', None), ('windows', (8, 4, 2.5)):
         for augmented in (False, True) if view == 'hist' else (True,):
             for size, at_least in zip((64, 128, 256), wanted or ((10, 5, 4) if augmented else (10, 10, 10))):
-                recipe = Recipe('loader', view=view)
-                ours = make_loader(job.store, recipe, job.bins, positions, size, 64, seed=0 if augmented else None, device='cpu')
-                theirs = fastai_loader(job, positions, size, augmented)
-                costs = rounds_of(2 if job.quick else 5, lambda: passed(ours), lambda: passed(theirs))
+                costs = in_child(loader_costs, job.run.path, job.jpeg, view, augmented, size, 256 if job.quick else 1024, 2 if job.quick else 7)
                 what = {'hist': 'one view', 'windows': 'three windows'}[view]
                 table.faster(f'loader_{view}_{size}{"_augmented" if augmented else ""}', f'loader, {size} px, {what}{", flipped and rotated" if augmented else ""}', costs, 'ms', at_least)
-    torch.set_num_threads(CORES)
 
 # The step
 
@@ -303,7 +305,7 @@ NOTE = ('Medians over rounds in which the sides take turns, ratio by round; swit
         'Networks start from random weights; the slices are phantoms.')
 
 def prepare(args, folder): # What the sections share
-    run = phantom_run(folder/'run', n_studies=12 if args.quick else 40, size=256)
+    run = phantom_run(folder/'run', n_studies=12 if args.quick else 36, size=256)
     store = Store(run.images)
     bins = hist_bins(store, np.arange(len(store)))
     export_jpegs(store, folder/'jpeg')
