@@ -13,7 +13,7 @@ from pathlib import Path
 
 from fastcore.script import CliError, call_parse
 
-# %% ../nbs/50_cli.ipynb #875803d8
+# %% ../nbs/50_cli.ipynb #d41a30b3
 def command(f):
     "A console script from `f`, which has a parameter `quiet`"
     @wraps(f)
@@ -34,7 +34,8 @@ def _safe(line):
 
 def _say(*lines):
     "Lines for the person at the terminal"
-    if not os.environ.get('ICH_QUIET') and os.environ.get('RANK', '0') == '0': print(*(_safe(line) if '\n' not in str(line) else line for line in lines), sep='\n', flush=True)
+    from ich_fastai.core import first_process
+    if first_process() and not os.environ.get('ICH_QUIET'): print(*(_safe(line) if '\n' not in str(line) else line for line in lines), sep='\n', flush=True)
 
 # %% ../nbs/50_cli.ipynb #cd9062de
 @command

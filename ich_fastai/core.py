@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LABELS', 'TYPES', 'Window', 'WINDOWS', 'log', 'pick', 'printable', 'disk_errors', 'write_whole', 'sweep',
-           'show_progress', 'progress', 'ahead', 'in_order', 'hardware', 'versions', 'keep_freed_memory',
-           'keep_memory_in_dask', 'cluster', 'Run']
+           'first_process', 'show_progress', 'progress', 'ahead', 'in_order', 'hardware', 'versions',
+           'keep_freed_memory', 'keep_memory_in_dask', 'cluster', 'Run']
 
 # %% ../nbs/00_core.ipynb #219b6a56
 import errno, json, logging, os, platform, re, secrets
@@ -87,12 +87,16 @@ def sweep(
     "Remove what a killed run left half written"
     for part in Path(folder).rglob('.*.part'): part.unlink(missing_ok=True)
 
-# %% ../nbs/00_core.ipynb #4fb0d448
+# %% ../nbs/00_core.ipynb #d5abb6e5
+def first_process()->bool: # The only one, where no others were started with it
+    "Whether this is the process that writes and speaks, of those that `accelerate launch` or `torchrun` started"
+    return os.environ.get('RANK', '0') == '0'
+
 def show_progress()->bool: # Is somebody watching?
     "Whether bars are drawn: on a terminal or in Jupyter, by the first of several processes, unless `ICH_QUIET` or `IN_TEST` is set"
     import sys
     from fastcore.imports import IN_NOTEBOOK
-    if os.environ.get('ICH_QUIET') or os.environ.get('IN_TEST') or os.environ.get('RANK', '0') != '0': return False
+    if os.environ.get('ICH_QUIET') or os.environ.get('IN_TEST') or not first_process(): return False
     return IN_NOTEBOOK or sys.stdout.isatty()
 
 def progress(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['join_processes', 'first_of_all', 'gather', 'whole_batch_layers', 'ShareBatches', 'share', 'shared']
 
-# %% ../nbs/25_distributed.ipynb #fa050aaf
+# %% ../nbs/25_distributed.ipynb #c6eb3903
 import os
 from contextlib import contextmanager
 from functools import partial
@@ -18,10 +18,10 @@ from fastai.basics import Learner, num_distrib, rank_distrib
 from fastai.callback.core import Callback
 from torch import nn
 
-from .core import Run
+from .core import first_process
 from .data import SliceLoader
 
-# %% ../nbs/25_distributed.ipynb #d6e0247e
+# %% ../nbs/25_distributed.ipynb #9ee3b5e7
 def join_processes()->int: # How many there are
     "Join the processes that `accelerate launch` or `torchrun` started, each on its own device"
     if num_distrib() < 2: return 1
@@ -41,7 +41,7 @@ def first_of_all(
     fn, # Makes files that the others read
 ):
     "Run `fn` in the first process, while the others wait"
-    if rank_distrib() == 0:
+    if first_process():
         with _alone(): fn()
     if num_distrib() > 1: dist.barrier()
 

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['MemoryStore', 'predict_study']
 
-# %% ../nbs/40_predict.ipynb #682fbf3e
+# %% ../nbs/40_predict.ipynb #b9cf7280
 import numpy as np
 import pandas as pd
 
-from .core import LABELS, log, progress
+from fastcore.script import CliError
+from .core import LABELS, log, printable, progress
 from .dicom import hu
 from .metadata import read_metadata
 from .clean import MIN_BRAIN, clean_slice
@@ -17,7 +18,7 @@ from .data import make_loader
 from .train import predict
 from .bundle import Bundle
 
-# %% ../nbs/40_predict.ipynb #8bdbb449
+# %% ../nbs/40_predict.ipynb #d57e7efb
 class MemoryStore:
     "Cleaned slices of a few studies, read as from a `Store`"
     def __init__(self,
@@ -39,6 +40,7 @@ def predict_study(
     "What the model says about each slice, and of each study its highest word"
     metadata, errors = read_metadata(src, n_workers=0)
     if len(errors): log.warning('%d files gave no slice: %s', len(errors), ', '.join(f'{n} {kind}' for kind, n in errors['error'].value_counts().items()))
+    if not len(metadata): raise CliError(f'no CT slices in {printable(src)}: give a folder of DICOM files, a list of them, or a zip archive')
     store = MemoryStore(metadata, bundle.size, bundle.extra.get('store_size', bundle.size))
     probabilities = predict(bundle.model, make_loader(store, bundle.recipe, bundle.bins, np.arange(len(metadata)), bundle.size, bs))
     slices = metadata[['StudyInstanceUID', 'PatientID']].assign(kept=metadata['img_pct_window'] >= MIN_BRAIN)

@@ -7,7 +7,7 @@ __all__ = ['LabelLoss', 'learner_metrics', 'LossScale', 'make_learner', 'find_lr
            'StepLosses', 'StopOnNaN', 'plot_history', 'LiveFigure', 'memory_errors', 'fingerprint', 'read_checkpoint',
            'Checkpoint', 'fit_stage', 'SameData', 'train_stages', 'predict']
 
-# %% ../nbs/23_train.ipynb #9495e18c
+# %% ../nbs/23_train.ipynb #25b0a1ca
 import csv, hashlib, random
 from contextlib import contextmanager
 from functools import lru_cache, partial
@@ -24,17 +24,16 @@ import torch.nn.functional as F
 from fastcore.foundation import L
 from fastcore.imports import IN_NOTEBOOK
 from fastcore.script import CliError
-from fastai.basics import Learner, get_model, rank_distrib, replacing_yield, set_seed
+from fastai.basics import Learner, get_model, replacing_yield, set_seed
 from fastai.callback.core import Callback, CancelEpochException
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback import progress as _bars, schedule as _schedule  # They add bars, lr_find and fit_one_cycle to the Learner
-from fastai.data.core import DataLoaders
 from fastai.losses import BCEWithLogitsLossFlat
 from fastai.metrics import AccumMetric, ActivationType
 from fastai.optimizer import Adam
 from torch.amp import GradScaler
 
-from .core import LABELS, Run, disk_errors, printable, progress, show_progress, write_whole
+from .core import LABELS, Run, disk_errors, first_process, printable, progress, show_progress, write_whole
 from .recipes import Recipe, get_recipe
 from .metrics import accuracy_multi, auroc, recall, weighted_log_loss
 from .data import make_dls
@@ -185,15 +184,13 @@ class StopOnNaN(Callback):
         rate = self.opt.hypers[-1]['lr']
         raise CliError(f"the loss became {self.learn.loss.item()} in epoch {self.epoch} at a learning rate of {rate:.1e}: lower `lr`, or set `precision = 'fp32'`")
 
-# %% ../nbs/23_train.ipynb #73d3204f
+# %% ../nbs/23_train.ipynb #38fd23c5
 def plot_history(
     folder, # With history.csv: a model's
-    fig=None, # A figure to draw on
 ): # Figure
     "Losses and metrics by epoch, over all stages"
     from matplotlib.figure import Figure
-    history, fig = pd.read_csv(Path(folder)/'history.csv'), fig or Figure(figsize=(7, 2.4), layout='constrained')
-    fig.clear()
+    history, fig = pd.read_csv(Path(folder)/'history.csv'), Figure(figsize=(7, 2.4), layout='constrained')
     losses = [c for c in history if c.endswith('_loss') and c != 'log_loss']
     metrics = [c for c in history.loc[:, 'valid_loss':'images'].columns[1:-1] if c != 'log_loss']
     history.index += 1
@@ -226,18 +223,18 @@ def memory_errors(
         if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and 'allocate memory' not in str(e): raise
         raise CliError(f'{bs} slices of {size} px do not fit into memory: set `batch_sizes` in the recipe to {max(bs//2, 1)} for that size') from e
 
-# %% ../nbs/23_train.ipynb #1d397835
+# %% ../nbs/23_train.ipynb #71e22b71
 @lru_cache
 def _hash(path, modified):
-    return hashlib.blake2b(pd.util.hash_pandas_object(pd.read_parquet(path)).to_numpy().tobytes(), digest_size=16).hexdigest()
+    frame = pd.read_parquet(path)
+    key = str(frame.attrs.get('key')).encode()  # The store's, which stands for its pictures
+    return hashlib.blake2b(pd.util.hash_pandas_object(frame).to_numpy().tobytes() + key, digest_size=16).hexdigest()
 
 def fingerprint(
     run:Run,
 )->dict: # A hash by frame
     "What a training depends on: which slices lie in the store, their labels, their split"
-    files = {name: run.file(name) for name in ('index', 'labels', 'split')}
-    marks = {name: _hash(str(path), path.stat().st_mtime_ns) for name, path in files.items()}
-    return {**marks, 'pictures': str(pd.read_parquet(files['index'], columns=[]).attrs.get('key'))}
+    return {name: _hash(str(run.file(name)), run.file(name).stat().st_mtime_ns) for name in ('index', 'labels', 'split')}
 
 def _random_state():
     name, keys, *rest = np.random.get_state()
@@ -300,7 +297,6 @@ class Checkpoint(Callback):
     def after_epoch(self):
         if not self.writes: return
         loss = self.recorder.final_record[1]
-        self._check_weights()
         if loss < self.best:
             self.best = loss
             save_weights(get_model(self.model), self.folder/'best.safetensors')
@@ -351,8 +347,8 @@ def fit_stage(
             learn.fit_one_cycle(stage.epochs, stage.lr, cbs=[StopOnNaN(), *cbs])
     except CliError as e: raise CliError(str(e).rsplit('\n\t', 1)[-1]) from e  # Without fastai's "Exception occured in"
 
-# %% ../nbs/23_train.ipynb #c5429a6e
-_what = dict(index='the image store', pictures='the image store', labels='the labels', split='the split')
+# %% ../nbs/23_train.ipynb #db91c2bd
+_what = dict(index='the image store', labels='the labels', split='the split')
 
 def _same_data(run, marks, folder):
     "Refuse to go on with other data than the training began with"
@@ -391,7 +387,7 @@ def train_stages(
 )->Learner: # With the loaders of the last stage
     "Run the recipe's stages, from the last checkpoint on where there is one"
     folder, plan = run.model(recipe.name, seed), stages(recipe, suggested)
-    kept, writes = folder/'checkpoints', rank_distrib() == 0
+    kept, writes = folder/'checkpoints', first_process()
     state = read_checkpoint(kept, learn.dls.device)
     marks = state['marks'] if state else fingerprint(run)
     _same_data(run, marks, folder)
