@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LABELS', 'TYPES', 'Window', 'WINDOWS', 'log', 'pick', 'printable', 'disk_errors', 'write_whole', 'sweep',
            'first_process', 'show_progress', 'progress', 'ahead', 'in_order', 'hardware', 'versions',
-           'keep_freed_memory', 'keep_memory_in_dask', 'cluster', 'Run']
+           'keep_freed_memory', 'keep_memory_in_dask', 'cluster', 'only_one', 'Run']
 
 # %% ../nbs/00_core.ipynb #219b6a56
 import errno, json, logging, os, platform, re, secrets
@@ -244,9 +244,23 @@ def cluster(
         except CancelledError as e: raise CliError(f'the scheduler at {address} is gone: start it, then run again, it goes on from here') from e
         finally: client.unsubscribe_topic('all')
 
-# %% ../nbs/00_core.ipynb #8eb73337
+# %% ../nbs/00_core.ipynb #f648c1f5
 _made_by = dict(metadata='ich-metadata SRC {run}', errors='ich-metadata SRC {run}', labels='ich-metadata SRC {run} --labels FILE',
                 split='ich-metadata SRC {run} --labels FILE', index='ich-clean {run}')
+
+@contextmanager
+def only_one(
+    folder, # Made where it is missing
+    advice:str, # What to do where another process has it
+):
+    "Keep other processes that ask for it out of a folder"
+    from filelock import FileLock, Timeout
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    lock = FileLock(Path(folder)/'.lock')
+    try: lock.acquire(timeout=3)  # A run killed a moment ago lets go within that
+    except Timeout: raise CliError(f'another command is at work in {folder}: {advice}') from None
+    try: yield
+    finally: lock.release()
 
 class Run:
     "A run folder: where each room finds and leaves its frames"
@@ -286,14 +300,9 @@ class Run:
     @contextmanager
     def locked(self):
         "Keep other commands out of the folder, and remove what a killed one left half written"
-        from filelock import FileLock, Timeout
-        lock = FileLock(self.path/'.lock')
-        try: lock.acquire(timeout=3)  # A run killed a moment ago lets go within that
-        except Timeout: raise CliError(f'another command is at work in {self.path}: wait until it ends, or choose another run folder') from None
-        try:
+        with only_one(self.path, 'wait until it ends, or choose another run folder'):
             sweep(self.path)
             yield self
-        finally: lock.release()
 
     @property
     def facts(self)->dict:

@@ -5,47 +5,72 @@
 # %% auto #0
 __all__ = ['recipes', 'khandelwal_resnet18', 'khandelwal_resnet18_scratch', 'khandelwal_resnet50', 'khandelwal_resnet101',
            'khandelwal_densenet121', 'khandelwal_alexnet', 'khandelwal_resnet50_wd', 'khandelwal_resnet50_fp16',
-           'khandelwal_resnet50_progressive', 'khandelwal_metadata_forest', 'bright_pixels', 'demo_resnet18',
-           'demo_densenet121', 'demo_alexnet', 'Recipe', 'write_recipe', 'read_recipe', 'add', 'get_recipe']
+           'khandelwal_resnet50_progressive', 'khandelwal_metadata_forest', 'bright_pixels', 'petkov_binary',
+           'petkov_types', 'petkov_multilabel', 'petkov_two_step', 'dibernardo_simple_nn_3plus',
+           'dibernardo_deep_cnn_3plus', 'dibernardo_resnet50_3plus', 'pyligent_resnet50', 'pyligent_efficientnet_b4',
+           'qiu_vgg19', 'qiu_pca_logistic', 'qiu_pca_forest', 'qiu_lrcn', 'qiu_attention', 'qiu_ensemble',
+           'open_windows', 'open_hu', 'open_balanced', 'open_jpeg', 'open_features', 'open_headers', 'open_sequence',
+           'winners_cnn', 'winners_gru', 'demo_resnet18', 'demo_densenet121', 'demo_alexnet', 'Recipe', 'write_recipe',
+           'read_recipe', 'add', 'get_recipe', 'smaller']
 
-# %% ../nbs/02_recipes.ipynb #b6e6d4e7
+# %% ../nbs/02_recipes.ipynb #b5f5e150
 import tomllib
 from dataclasses import dataclass, asdict, fields, replace
+from math import inf
 from pathlib import Path
 
 from fastcore.script import CliError
 from .core import LABELS, TYPES, WINDOWS, pick, write_whole
 
-# %% ../nbs/02_recipes.ipynb #7ddc5ddd
+# %% ../nbs/02_recipes.ipynb #5b9f04ad
 @dataclass(frozen=True)
 class Recipe:
     "One experiment, from the slices it learns from to its optimizer"
     name: str                          # Its folder under `models/`, and its row in the leaderboards
     source: str = ''                   # Where the values come from
-    kind: str = 'cnn'                  # Who runs it: 'cnn', or a baseline, 'metadata_forest' or 'bright_pixels'
+    kind: str = 'cnn'                  # Who runs it: 'cnn', what builds on others ('sequence', 'two_step', 'ensemble'), or a baseline
+    parts: tuple = ()                  # The recipes it builds on: a sequence's CNN; a binary and a type model; an ensemble's members
     # what it learns from; of the training slices only: valid and test are never resampled
     labels: tuple = LABELS             # The labels it predicts; its predictions are NaN for the others
     slices: str = 'all'                # 'all', or 'bleeding': slices with at least one type
     min_types: int = 1                 # Positive slices have at least so many types; the others are left out
     negatives: float = 0.              # Negative slices for each positive one, drawn by seed; 0 keeps all
     # what the network sees
-    view: str = 'hist'                 # 'hist', 'windows' or 'neighbors'
-    windows: tuple = ('brain', 'subdural', 'brain_bone')  # For view 'windows': a channel each
-    arch: str = 'resnet18'             # A torchvision name
+    view: str = 'hist'                 # 'hist', 'windows' or 'neighbors', from the store, or 'jpeg': three windows from files
+    windows: tuple = ('brain', 'subdural', 'brain_bone')  # For view 'windows': a channel each; 'hist' and 'hu' (all of it) count as such
+    arch: str = 'resnet18'             # A torchvision or timm name, 'simple_nn' or 'deep_cnn'
+    head: str = 'fastai'               # 'fastai', 'linear', or a report's own: 'petkov' or 'qiu'
+    dropout: float = 0.5               # In the head
+    softmax: bool = False              # Do the labels shut each other out? A single one stands against none
     pretrained: bool = True            # Start from ImageNet's weights?
+    frozen: str = ''                   # What never trains but for its BatchNorm: '' (nothing), 'body' or 'three_blocks' (to the third pooling)
+    # how a sequence of slices is read
+    reader: str = 'lstm'               # 'lstm' and 'gru' (both ways), 'attention', or 'none': each slice alone
+    units: int = 100                   # Of the reader, each way
+    layers: int = 1                    # Of the reader
+    dense: tuple = (100, 50)           # Layers after it, each with BatchNorm
+    differences: bool = False          # Also the difference of the features to those of the slice before and after?
+    headers: bool = False              # Also the numbers of the DICOM header?
+    both_orders: bool = False          # Predict from top to bottom and from bottom to top, and take the mean?
     # how it is trained
     sizes: tuple = (256,)              # Pixels, a stage each
-    batch_sizes: tuple = (64,)         # Slices a step, a stage each
+    batch_sizes: tuple = (64,)         # Slices a step, a stage each; for a sequence, series
     epochs: tuple = (3,)               # Epochs with everything training, a stage each
     frozen_epochs: int = 0             # Epochs before these with the body frozen but for its BatchNorm
+    optimizer: str = 'adam'            # 'adam' or 'adadelta'
+    schedule: str = 'one_cycle'        # 'one_cycle', or 'flat': the same rate, times lr_decay after each epoch
     lr: float = 1e-3                   # Peak of the first one-cycle; 0 asks the LR finder for its valley
     lr_unfrozen: float = 0.            # Peak of the cycles after unfreezing; 0 means lr
+    lr_decay: float = 1.               # For schedule 'flat'
     wd: float = 0.01                   # Decoupled weight decay, fastai's default for Adam
-    eps: float = 1e-5                  # Adam's epsilon, fastai's default
+    eps: float = 1e-5                  # The optimizer's epsilon, fastai's default for Adam
     precision: str = 'auto'            # 'fp32', 'fp16' or 'bf16', by autocast; 'auto' is the fastest that the device has
     # augmentation, on the batch, in training only
     flip: bool = True                  # Left and right, with probability 0.5
     rotate: float = 15.                # Degrees either way, at most
+    shift: float = 0.                  # Share of the side, across and down, at most
+    shear: float = 0.                  # Share of the side, at most
+    zoom: float = 0.                   # Share of the side cut away, at most
     blur: float = 0.                   # Probability of a Gaussian blur
     # how its probabilities become decisions
     threshold: float = 0.5             # For accuracy_multi
@@ -59,11 +84,18 @@ class Recipe:
     def task(self)->str: # 'binary' (any alone), 'types' (the five) or 'multilabel' (all six, or others)
         return {('any',): 'binary', TYPES: 'types'}.get(self.labels, 'multilabel')
 
-# %% ../nbs/02_recipes.ipynb #83981b07
-_choices = dict(kind=('cnn', 'metadata_forest', 'bright_pixels'), slices=('all', 'bleeding'), view=('hist', 'windows', 'neighbors'),
-                precision=('auto', 'fp32', 'fp16', 'bf16'))
+# %% ../nbs/02_recipes.ipynb #f04bc857
+_choices = dict(kind=('cnn', 'sequence', 'two_step', 'ensemble', 'metadata_forest', 'bright_pixels', 'pca_logistic', 'pca_forest'),
+                slices=('all', 'bleeding'), view=('hist', 'windows', 'neighbors', 'jpeg'), head=('fastai', 'linear', 'petkov', 'qiu'),
+                frozen=('', 'body', 'three_blocks'), reader=('lstm', 'gru', 'attention', 'none'), optimizer=('adam', 'adadelta'),
+                schedule=('one_cycle', 'flat'), precision=('auto', 'fp32', 'fp16', 'bf16'))
+_limits = dict(min_types=(1, 5), eps=(1e-12, 1), dropout=(0, 0.99), units=(1, inf), layers=(1, inf), frozen_epochs=(0, inf), lr_decay=(0, 1), rotate=(0, 180),
+               shift=(0, 1), shear=(0, 1), zoom=(0, 0.9), blur=(0, 1), threshold=(0, 1))
+_whole = 'sizes', 'batch_sizes', 'epochs', 'dense'
 
-def _number(x, kind): return isinstance(x, (int, float) if kind is float else kind) and (kind is bool or not isinstance(x, bool))
+def _is(x, kind): return isinstance(x, (int, float) if kind is float else kind) and (kind is bool or not isinstance(x, bool))
+
+_called = {str: 'a text', tuple: 'a list', int: 'a whole number', float: 'a number', bool: 'true or false'}
 
 def _check(r):
     "Raise a `CliError` on the first value of `r` that cannot be run"
@@ -71,14 +103,21 @@ def _check(r):
         if not ok: raise CliError(f"recipe '{r.name}': {message}")
     for f in fields(r):
         value = getattr(r, f.name)
-        need(_number(value, f.type), f'{f.name} must be {f.type.__name__}, not {value!r}')
+        need(_is(value, f.type), f'{f.name} must be {_called[f.type]}, not {value!r}')
+        low, high = _limits.get(f.name, (0, inf))
+        if f.type in (int, float): need(low <= value <= high and value < inf, f'{f.name} must be {low}' + (' or more' if high == inf else f' to {high}') + f', not {value!r}')
     for key, valid in _choices.items(): pick(getattr(r, key), valid, f"{key} in recipe '{r.name}'")
     for label in r.labels: pick(label, LABELS, f"label in recipe '{r.name}'")
-    for window in r.windows: pick(window, WINDOWS, f"window in recipe '{r.name}'")
+    for window in r.windows: pick(window, [*WINDOWS, 'hist', 'hu'], f"window in recipe '{r.name}'")
     need(len(r.labels) == len(set(r.labels)) > 0, 'labels must name each label once, and at least one')
     need(len(r.sizes) == len(r.batch_sizes) == len(r.epochs) > 0, 'sizes, batch_sizes and epochs must be of one length, a stage each')
-    for key in 'sizes', 'batch_sizes', 'epochs':
-        need(all(_number(v, int) and v > 0 for v in getattr(r, key)), f'{key} must be whole numbers above 0, not {getattr(r, key)!r}')
+    need(r.view != 'windows' or r.windows, "windows must name at least one for view 'windows'")
+    for key in _whole: need(all(_is(v, int) and v > 0 for v in getattr(r, key)), f'{key} must be whole numbers above 0, not {getattr(r, key)!r}')
+    need(min(r.batch_sizes) > 1, f'batch_sizes must be 2 or more, as BatchNorm compares the slices of a batch, not {r.batch_sizes!r}')
+    parts = dict(sequence=1, two_step=2, ensemble=max(len(r.parts), 2)).get(r.kind, 0)
+    need(len(r.parts) == parts and all(_is(p, str) for p in r.parts), f"parts must name {parts or 'no'} recipe{'s'*(parts != 1)} for kind '{r.kind}', not {r.parts!r}")
+    need(not r.softmax or len(r.labels) == 1 or r.slices == 'bleeding', "softmax over several labels wants slices = 'bleeding': each slice has one of them")
+    need(r.kind != 'sequence' or (r.slices, r.min_types, r.negatives) == ('all', 1, 0), "a sequence learns from all slices: leave slices, min_types and negatives out")
     need(r.name.replace('_', '').replace('-', '').isalnum(), 'its name may have letters, digits, _ and - alone')
 
 # %% ../nbs/02_recipes.ipynb #cdbde259
@@ -158,6 +197,113 @@ khandelwal_metadata_forest = add(Recipe('khandelwal_metadata_forest', kind='meta
 bright_pixels = add(Recipe('bright_pixels', kind='bright_pixels', labels=('any',),
     source="ours: count of pixels 20 HU above the brain's mean, the best single classical feature"))
 
+# %% ../nbs/02_recipes.ipynb #40690020
+petkov_binary = add(Recipe(
+    'petkov_binary', source='Petkov and Singal, binary: accuracy 0.89 told, 0.750 from its confusion matrix, 0.833 for always "yes"',
+    labels=('any',), negatives=0.2,    # As many slices of each of five types as without a bleed
+    view='windows',                    # PNG files whose window is not told: three channels are our reading
+    arch='resnet50', sizes=(224,), batch_sizes=(32,),
+    head='petkov', dropout=0.4,        # Pooling, Dense 256, ReLU, Dropout, BatchNorm
+    frozen='body',                     # "we froze all of its layers except the Batch Normalization layers"
+    epochs=(10,),                      # Not told
+    schedule='flat', lr=1e-3, wd=0., eps=1e-7,  # Not told: Adam as Keras sets it
+    precision='fp32',                  # As Keras trains
+    flip=True, rotate=20., shift=0.05, shear=0.05,
+    zoom=0.2,                          # "zoom into the brain", how far is not told; the store is cropped to the head already
+))
+petkov_types = add(replace(petkov_binary, name='petkov_types', source='Petkov and Singal, types: accuracy 0.54 told, 0.202 from its confusion matrix, 0.2 by chance',
+    labels=TYPES, slices='bleeding', negatives=0., softmax=True))  # A slice of several types counts for each in equal shares: our reading
+petkov_multilabel = add(replace(petkov_binary, name='petkov_multilabel', source='Petkov and Singal: "the ideal model", not built for lack of time',
+    labels=LABELS, negatives=0.2))
+petkov_two_step = add(Recipe('petkov_two_step', kind='two_step', parts=('petkov_binary', 'petkov_types'),
+    source='Petkov and Singal: "if the final classification is a yes, run the same sample through the multiclass model"'))
+
+# %% ../nbs/02_recipes.ipynb #97fc8433
+dibernardo_simple_nn_3plus = add(Recipe(
+    'dibernardo_simple_nn_3plus', source='Di Bernardo and Schleicher, 3+ types: AUROC 0.90, accuracy 0.841, MSE 0.137',
+    labels=('any',), min_types=3, negatives=20000/6547,  # "20,000 images without hemorrhage and 6,547 images with hemorrhage present"
+    view='windows', windows=('brain', 'subdural', 'hist'),  # The channels of the prepared JPEG files that it took
+    arch='simple_nn', head='linear', dropout=0., pretrained=False,  # Flatten, Dense 128, ReLU, Dense 1
+    sizes=(256,), batch_sizes=(32,), epochs=(10,),  # Batch and epochs are not told
+    optimizer='adadelta', schedule='flat', lr=1., wd=0., eps=1e-7,  # Adadelta as Keras set it then
+    precision='fp32', flip=False, rotate=0.,  # No augmentation is told
+))
+dibernardo_deep_cnn_3plus = add(replace(dibernardo_simple_nn_3plus, name='dibernardo_deep_cnn_3plus',
+    arch='deep_cnn',                   # Two convolutions of 5 x 5: the reading that meets its count of parameters
+    source='Di Bernardo and Schleicher, 3+ types: AUROC 0.93, accuracy 0.922, MSE 0.066'))
+dibernardo_resnet50_3plus = add(replace(dibernardo_simple_nn_3plus, name='dibernardo_resnet50_3plus',
+    arch='resnet50', softmax=True,     # Two outputs, by its count of parameters
+    source='Di Bernardo and Schleicher, 3+ types: AUROC 0.99, accuracy 0.899, MSE 0.069'))
+for _deep in dibernardo_simple_nn_3plus, dibernardo_deep_cnn_3plus, dibernardo_resnet50_3plus:
+    for _n in 1, 2:                    # Its figures for these are in a picture alone
+        add(replace(_deep, name=_deep.name.replace('3', str(_n)), min_types=_n, source=f'Di Bernardo and Schleicher, {_n}+ types'))
+
+# %% ../nbs/02_recipes.ipynb #c05311fb
+pyligent_resnet50 = add(Recipe(
+    'pyligent_resnet50', source='Pyligent: weighted log loss 0.07895 on the private test set',
+    view='windows', windows=('brain', 'subdural', 'brain_bone'),  # "channel 3 image"; the windows are our reading
+    arch='resnet50', head='linear', dropout=0.,
+    sizes=(224,), batch_sizes=(32,), epochs=(5,),
+    schedule='flat', lr=5e-4, lr_decay=0.8, wd=0., eps=1e-7,  # "Decay_rate = 0.8 Learning rate = 5e-4", Adam as Keras sets it
+    precision='fp32', flip=False, rotate=0.,
+))
+pyligent_efficientnet_b4 = add(replace(
+    pyligent_resnet50, name='pyligent_efficientnet_b4', source='Pyligent: weighted log loss 0.17564 on the private test set, trained on blank images',
+    arch='tf_efficientnet_b4.aa_in1k', # timm's, with the weights of the Keras package
+    dropout=0.2, sizes=(256,), batch_sizes=(16,), epochs=(6,), lr=1e-4, lr_decay=1.,
+))
+
+# %% ../nbs/02_recipes.ipynb #c49e9b10
+qiu_vgg19 = add(Recipe(
+    'qiu_vgg19', source='Qiu et al. 2019, CNN: accuracy 0.868, recall 0.733, precision 0.844, AUC 0.952',
+    labels=('any',), view='windows', windows=('brain_bone', 'subdural', 'brain'),
+    arch='vgg19', head='qiu', dropout=0.5,  # Two layers of 1,000 units
+    frozen='three_blocks',
+    sizes=(128,), batch_sizes=(32,), epochs=(50,),
+    schedule='flat', lr=1e-4, wd=0., eps=1e-7,  # Adam as Keras sets it
+    precision='fp32', flip=True, rotate=15., shift=0.1,  # "shifting images around, rotating and mirroring", how far is not told
+))
+qiu_pca_logistic = add(replace(qiu_vgg19, name='qiu_pca_logistic', kind='pca_logistic', source='Qiu et al. 2019, baseline: accuracy 0.854, recall 0.017'))
+qiu_pca_forest = add(replace(qiu_vgg19, name='qiu_pca_forest', kind='pca_forest', source='Qiu et al. 2019, baseline: accuracy 0.872, recall 0.117'))
+qiu_lrcn = add(Recipe(
+    'qiu_lrcn', source='Qiu et al. 2019, LRCN: accuracy 0.877, recall 0.938 (first epoch), precision 0.820, AUC 0.905',
+    kind='sequence', parts=('qiu_vgg19',), labels=('any',),
+    reader='lstm', units=100, dropout=0.5, dense=(100, 50),  # "reduced the complexity of the dense layers and introduced batch normalization": how far is not told
+    sizes=(128,), batch_sizes=(8,), epochs=(50,), schedule='flat', lr=1e-4, wd=0., eps=1e-7, precision='fp32',
+))
+qiu_attention = add(replace(qiu_lrcn, name='qiu_attention', reader='attention', source='Qiu et al. 2019: "attention mechanisms as an alternative"'))
+qiu_ensemble = add(Recipe('qiu_ensemble', kind='ensemble', parts=('qiu_vgg19', 'qiu_lrcn'), labels=('any',),
+    source='Qiu et al. 2019: "ensembling the CNN and the LSTM components"'))
+
+# %% ../nbs/02_recipes.ipynb #1329c876
+open_windows = add(Recipe(
+    'open_windows', source='Di Bernardo and Schleicher: windowing is "highly debated"; here three windows',
+    labels=('any',), view='windows', arch='resnet18', sizes=(128,), batch_sizes=(64,), epochs=(5,), lr=1e-3,
+))
+open_hu = add(replace(open_windows, name='open_hu', source='the other side: all Hounsfield units on one gray scale', windows=('hu',)*3))
+open_balanced = add(replace(open_windows, name='open_balanced', negatives=1.,
+    source='Petkov and Singal, Di Bernardo and Schleicher, Khandelwal et al.: as many slices without a bleed as with, in training only; against open_windows'))
+open_jpeg = add(replace(open_windows, name='open_jpeg', view='jpeg', source='Petkov and Singal, Di Bernardo and Schleicher: the same three windows from JPEG files; against open_windows'))
+open_features = add(Recipe(
+    'open_features', kind='sequence', parts=('open_windows',), labels=('any',), reader='none',
+    source='slices without their neighbors, from the features of open_windows: what the next two are measured against',
+    sizes=(128,), batch_sizes=(8,), epochs=(10,), lr=1e-3,
+))
+open_headers = add(replace(open_features, name='open_headers', headers=True,
+    source='Khandelwal et al., Di Bernardo and Schleicher: images with metadata; against open_features'))
+open_sequence = add(replace(open_features, name='open_sequence', reader='lstm', source='does the sequence help? The same features; against open_features'))
+
+# %% ../nbs/02_recipes.ipynb #d0e62cd3
+winners_cnn = add(Recipe(
+    'winners_cnn', source='RSNA 2019, first and second place: a CNN on neighboring slices; their single models are larger and many',
+    view='neighbors', arch='resnext50_32x4d', sizes=(256,), batch_sizes=(32,), epochs=(4,), lr=3e-4,
+))
+winners_gru = add(Recipe(
+    'winners_gru', source='RSNA 2019, first place: weighted log loss 0.04383',
+    kind='sequence', parts=('winners_cnn',), reader='gru', units=96, layers=2, differences=True, both_orders=True,  # 2 x 96 (first), differences (second)
+    dense=(96,), dropout=0.3, sizes=(256,), batch_sizes=(16,), epochs=(10,), lr=1e-3,
+))
+
 # %% ../nbs/02_recipes.ipynb #00c0344e
 demo_resnet18 = add(Recipe(
     'demo_resnet18', source='ours: a first result in minutes on a CPU',
@@ -169,7 +315,7 @@ demo_resnet18 = add(Recipe(
 demo_densenet121 = add(replace(demo_resnet18, name='demo_densenet121', arch='densenet121', epochs=(6, 1)))  # Twice as slow a slice
 demo_alexnet = add(replace(demo_resnet18, name='demo_alexnet', arch='alexnet', lr=1e-3, lr_unfrozen=3e-4, epochs=(12, 2)))  # No BatchNorm: a lower rate, more epochs
 
-# %% ../nbs/02_recipes.ipynb #cdbc4c58
+# %% ../nbs/02_recipes.ipynb #7b694774
 def get_recipe(
     recipe, # A name on the list, a `Recipe`, or the path of a TOML file
 )->Recipe:
@@ -177,3 +323,17 @@ def get_recipe(
     if isinstance(recipe, Recipe): return recipe
     if str(recipe).endswith('.toml'): return read_recipe(recipe)
     return recipes[pick(str(recipe), recipes, 'recipe')]
+
+def smaller(
+    recipe:Recipe,
+    scale:float=1., # Of pixels, epochs and batches
+    scratch:bool=False, # From random weights, where ImageNet's cannot be fetched?
+)->Recipe: # Named by what was done to it, as its figures are no longer the report's
+    "The recipe for less time"
+    if not 0 < scale <= 1: raise CliError(f'scale must be above 0, to 1, not {scale:g}')
+    if scratch and recipe.kind in ('cnn', 'sequence', 'two_step', 'ensemble'):
+        recipe = replace(recipe, name=f'{recipe.name}-scratch', pretrained=False)
+    if scale == 1: return recipe
+    def of(values, least, step=1): return tuple(max(least, step*round(v*scale/step)) for v in values)
+    return replace(recipe, name=f'{recipe.name}-{100*scale:.0f}pc', sizes=of(recipe.sizes, 64, 32), batch_sizes=of(recipe.batch_sizes, 8),
+                   epochs=of(recipe.epochs, 1), frozen_epochs=min(recipe.frozen_epochs, max(1, round(recipe.frozen_epochs*scale))))
