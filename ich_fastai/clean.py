@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PART', 'CLEAN_COLUMNS', 'head_mask', 'head_box', 'crop', 'resize', 'store_sizes', 'clean_slice', 'clean_images',
-           'Store', 'gray_levels', 'export_jpegs']
+           'Store', 'gray_levels', 'export_jpegs', 'JpegStore']
 
 # %% ../nbs/13_clean.ipynb #635e688b
 import hashlib, json, re
@@ -293,7 +293,7 @@ def gray_levels(
     levels = np.rint(lut*255).astype(np.uint8)
     return np.roll(levels, HU_MIN, axis=0).take(pixels, axis=0)  # HU below 0 count from the table's end, as Python's indices do
 
-# %% ../nbs/13_clean.ipynb #e39109da
+# %% ../nbs/13_clean.ipynb #f37b586f
 def _file_name(image):
     "A safe, unique name of at most 200 bytes"
     if re.fullmatch(r'[A-Za-z0-9_#-][A-Za-z0-9._#-]{,190}', image): return f'{image}.jpg'
@@ -326,3 +326,22 @@ def export_jpegs(
         picture = Image.fromarray(gray_levels(store.read([i], store.sizes[-1])[0], lut))
         with write_whole(path) as part: picture.save(part, 'JPEG', quality=quality)
     return len(store)
+
+class JpegStore:
+    "The folder of `export_jpegs`, read like a `Store`: in place of HU the gray levels of its three colors"
+    def __init__(self,
+        store:Store, # What the pictures were made of
+        path, # The folder
+    ): self.path, self.index, self.sizes = Path(path), store.index, store.sizes
+
+    def _picture(self, image, size):
+        path = self.path/_file_name(image)
+        try: return np.moveaxis(np.asarray(Image.open(path).convert('RGB').resize((size, size), Image.Resampling.BOX)), -1, 0)
+        except OSError as e: raise CliError(f'{path} is damaged or missing: delete it, and it will be made again') from e
+
+    def read(self,
+        positions, # Numbers of slices, in the order of `index`
+        size:int, # One of `sizes`
+    )->np.ndarray: # int16 0..255 [n, 3, size, size]
+        "The pictures at `positions`, in their order"
+        return np.stack([self._picture(image, size) for image in self.index.index[positions]]).astype(np.int16)

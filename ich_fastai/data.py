@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SHORT', 'phantom_run', 'task_slices', 'training_slices', 'hist_bins', 'view_table', 'n_channels', 'TensorHU',
-           'TensorCT', 'View', 'neighbors', 'Draws', 'Turn', 'Blur', 'Slices', 'SliceLoader', 'make_loader', 'make_dls',
-           'labelled_slices', 'prediction_frame']
+           'TensorCT', 'View', 'neighbors', 'Draws', 'Turn', 'Blur', 'read_at', 'open_pictures', 'Slices',
+           'SliceLoader', 'make_loader', 'make_dls', 'labelled_slices', 'prediction_frame']
 
-# %% ../nbs/20_data.ipynb #c883f3be
+# %% ../nbs/20_data.ipynb #4135dde7
 import random
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -34,7 +34,7 @@ from .dicom import freqhist_bins, hist_lut, window_lut
 from .phantom import PREVALENCE, write_phantoms
 from .metadata import read_metadata
 from .labels import check_patients, read_labels, split_patients, subset
-from .clean import Store, clean_images
+from .clean import JpegStore, Store, clean_images, export_jpegs
 
 # %% ../nbs/20_data.ipynb #7cfdd26b
 def phantom_run(
@@ -77,7 +77,7 @@ def training_slices(
     "The slices a recipe learns from: its own task on the training side, with `negatives` slices without a bleed for each with one"
     return task_slices(recipe, index, labels, split, 'train', negatives=recipe.negatives, seed=seed)
 
-# %% ../nbs/20_data.ipynb #b2fbdaf3
+# %% ../nbs/20_data.ipynb #754edac0
 def hist_bins(
     store:Store,
     positions, # The slices to take them from
@@ -93,13 +93,16 @@ def view_table(
     recipe:Recipe,
     bins, # For 'hist' and 'neighbors'
 )->Tensor: # float32 0..1, [4096], or [4096, channels] for several windows
-    "The recipe's view as a table over HU -1024..3071"
-    luts = [window_lut(WINDOWS[name]) for name in recipe.windows] if recipe.view == 'windows' else [hist_lut(np.asarray(bins))]
-    return torch.from_numpy(np.stack(luts, axis=1)).squeeze(1)
+    "The recipe's view as a table over HU -1024..3071, for 'jpeg' over gray levels"
+    def lut(name): return hist_lut(np.asarray(bins)) if name == 'hist' else _straight[name] if name in _straight else window_lut(WINDOWS[name])
+    names = dict(hist=['hist'], neighbors=['hist'], windows=recipe.windows, jpeg=['gray'])[recipe.view]
+    return torch.from_numpy(np.stack([lut(name) for name in names], axis=1)).squeeze(1)
+
+_straight = dict(hu=np.linspace(0, 1, 4096, dtype=np.float32), gray=(np.arange(-1024, 3072)/255).clip(0, 1).astype(np.float32))
 
 def n_channels(recipe:Recipe)->int:
     "How many channels the network gets"
-    return dict(hist=1, windows=len(recipe.windows), neighbors=3)[recipe.view]
+    return dict(hist=1, windows=len(recipe.windows), neighbors=3, jpeg=3)[recipe.view]
 
 # %% ../nbs/20_data.ipynb #b4d95527
 class TensorHU(TensorBase): "int16 HU, [n, h, w], or [n, 3, h, w] with the neighbors"
@@ -139,9 +142,9 @@ def neighbors(
     same = series[1:] == series[:-1]
     return np.stack([here - np.append(False, same), here, here + np.append(same, False)], axis=1)
 
-# %% ../nbs/20_data.ipynb #7e36cec6
+# %% ../nbs/20_data.ipynb #b740cefc
 class Draws:
-    "The chances of one epoch: the order of its items, and three numbers in 0..1 for each item"
+    "The chances of one epoch: the order of its items, and seven numbers in 0..1 for each item"
     def __init__(self,
         n:int, # Items
         seed:int,
@@ -152,30 +155,36 @@ class Draws:
     )->list: # The items' order
         "Draw for `epoch`"
         generator = torch.Generator().manual_seed(random.Random(f'{self.seed} {epoch}').getrandbits(63))
-        self._table = torch.rand(self.n, 3, dtype=torch.float32, generator=generator)
+        self._table = torch.rand(self.n, 7, dtype=torch.float32, generator=generator)
         return torch.randperm(self.n, generator=generator).tolist()
 
     def take(self,
         items, # Numbers of items
     ):
-        "Make `flip`, `turn` and `blur` those of a batch"
-        self.flip, self.turn, self.blur = self._table[items].T
+        "Make the attributes those of a batch"
+        self.flip, self.turn, self.blur, self.zoom, self.shear, self.across, self.down = self._table[items].T
 
-# %% ../nbs/20_data.ipynb #720ba13a
+# %% ../nbs/20_data.ipynb #1ff88a86
 class Turn(Transform):
-    "Flip and rotate HU, each slice of a training batch by its own draw"
+    "Move HU about, each slice of a training batch by its own draw"
     order, split_idx = -1, 0  # Before `View`, in training only
     def __init__(self,
         draws:Draws,
         flip:bool=True, # Left and right, with probability 0.5
         rotate:float=15., # Degrees either way, at most
-    ): self.draws, self.flip, self.rotate = draws, flip, rotate
+        shift:float=0., # Share of the side, across and down, at most
+        shear:float=0., # Share of the side, at most
+        zoom:float=0., # Share of the side cut away, at most
+    ): self.draws, self.flip, self.rotate, self.shift, self.shear, self.zoom = draws, flip, rotate, shift, shear, zoom
 
-    def _maps(self)->Tensor: # [n, 2, 2]: where each pixel is taken from, on the square -1..1
-        side = 1 - 2*(self.draws.flip < 0.5).float() if self.flip else torch.ones_like(self.draws.flip)
-        angle = (2*self.draws.turn - 1) * self.rotate * pi/180
-        cos, sin = angle.cos(), angle.sin()
-        return torch.stack([side*cos, sin, -side*sin, cos], dim=1).view(-1, 2, 2)
+    def _maps(self)->Tensor: # [n, 2, 3]: where each pixel is taken from, on the square -1..1
+        draws = self.draws
+        side = 1 - 2*(draws.flip < 0.5).float() if self.flip else torch.ones_like(draws.flip)
+        angle, slant, scale = _either_way(draws.turn)*self.rotate*pi/180, _either_way(draws.shear)*self.shear, 1 - draws.zoom*self.zoom
+        turned = torch.stack([side*angle.cos(), angle.sin(), -side*angle.sin(), angle.cos()], dim=1).view(-1, 2, 2)
+        sheared = torch.stack([turned[..., 0], turned[..., 0]*slant[:, None] + turned[..., 1]], dim=-1)
+        moved = 2*self.shift*_either_way(torch.stack([draws.across, draws.down], dim=1))
+        return torch.cat([sheared*scale[:, None, None], moved[..., None]], dim=-1)
 
     def encodes(self, x:TensorHU)->TensorHU: # int16, as it came
         hu = x.as_subclass(Tensor)
@@ -186,11 +195,13 @@ class Turn(Transform):
             out.copy_(air0.round_().sub_(1024))
         return turned.view(x.shape)
 
+def _either_way(draw): return 2*draw - 1
+
 def _centers(n, like): return (2*torch.arange(n, dtype=like.dtype, device=like.device) + 1)/n - 1
 
 def _grid(maps, h, w): # [n, h, w, 2]; `affine_grid` takes several times as long on a CPU
     xs, ys = _centers(w, maps), _centers(h, maps)[:, None]
-    return torch.stack([m[:, 0, None, None]*xs + m[:, 1, None, None]*ys for m in maps.unbind(1)], dim=-1)
+    return torch.stack([m[:, 0, None, None]*xs + (m[:, 1, None, None]*ys + m[:, 2, None, None]) for m in maps.unbind(1)], dim=-1)
 
 # %% ../nbs/20_data.ipynb #d5eeb760
 def _blurred(x): # [m, c, h, w], Gaussian of about 1 pixel
@@ -212,7 +223,30 @@ class Blur(Transform):
         if len(some): x[some] = _blurred(x[some])
         return x
 
-# %% ../nbs/20_data.ipynb #8f571f71
+# %% ../nbs/20_data.ipynb #1159f761
+def read_at(
+    store, # A `Store`, or what reads like one
+    positions, # [n]
+    size:int, # Pixels, at most the store's largest
+)->np.ndarray: # int16 [n, size, size]
+    "Slices of the store at any size, made of its next larger pictures where it has none of that size"
+    if size in store.sizes or size > max(store.sizes): return store.read(positions, size)
+    larger = torch.from_numpy(store.read(positions, min(s for s in store.sizes if s > size))).float()
+    smaller = F.interpolate(larger.view(len(larger), -1, *larger.shape[-2:]), (size, size), mode='bilinear', antialias=True)
+    return smaller.round_().short().view(*larger.shape[:-2], size, size).numpy()
+
+# %% ../nbs/20_data.ipynb #20558149
+def open_pictures(
+    run:Run,
+    recipe:Recipe,
+    store:Store,
+): # The store, or one of JPEG files, made where they are missing
+    "What the recipe reads its slices from"
+    if recipe.view != 'jpeg': return store
+    export_jpegs(store, run.path/'jpeg', recipe.windows)
+    return JpegStore(store, run.path/'jpeg')
+
+# %% ../nbs/20_data.ipynb #142b8929
 SHORT = dict(epidural='EDH', intraparenchymal='IPH', intraventricular='IVH', subarachnoid='SAH', subdural='SDH', any='any')
 
 class Slices:
@@ -239,8 +273,8 @@ class Slices:
     )->tuple: # HU and targets
         "Several items by one read"
         positions = self.positions[which]
-        hu = self.store.read(positions.ravel(), self.size).reshape(*positions.shape, self.size, self.size)
-        return TensorHU(torch.from_numpy(hu)), TensorMultiCategory(self.targets[which])
+        hu = read_at(self.store, positions.ravel(), self.size)
+        return TensorHU(torch.from_numpy(hu.reshape(*positions.shape, *hu.shape[1:]))), TensorMultiCategory(self.targets[which])
 
     def __getitem__(self, i:int):
         hu, target = self.batch([i])
@@ -282,7 +316,7 @@ class SliceLoader(TfmdDL):
 
     def to_detach(self, b, cpu=True, gather=True): return to_detach(b, cpu, gather=False)  # Who shares batches gathers them first
 
-# %% ../nbs/20_data.ipynb #28a00956
+# %% ../nbs/20_data.ipynb #5f7ff004
 def make_loader(
     store:Store,
     recipe:Recipe,
@@ -301,15 +335,15 @@ def make_loader(
     if device.type == 'cpu': keep_freed_memory()
     draws = Draws(len(rows), seed) if train else None
     items = Slices(store, rows, torch.as_tensor(targets, dtype=torch.float32), size, recipe.labels, draws)
-    steps = [View(view_table(recipe, bins))]
-    if train and (recipe.flip or recipe.rotate): steps.append(Turn(draws, recipe.flip, recipe.rotate))
+    steps, moves = [View(view_table(recipe, bins))], {key: getattr(recipe, key) for key in ('flip', 'rotate', 'shift', 'shear', 'zoom')}
+    if train and any(moves.values()): steps.append(Turn(draws, **moves))
     if train and recipe.blur: steps.append(Blur(draws, recipe.blur))
     dl = SliceLoader(items, bs=bs, shuffle=train, drop_last=train and len(items) > bs, num_workers=0, after_batch=steps, device=device)
     dl.to(device)  # The transforms' tables too
     dl.fake_l.generator = torch.Generator()  # torch's loader draws a number each epoch, not from what Dropout draws from
     return dl
 
-# %% ../nbs/20_data.ipynb #4056eed1
+# %% ../nbs/20_data.ipynb #936d5d7f
 def make_dls(
     run, # A run folder
     recipe, # A name, a `Recipe` or a TOML file
@@ -330,9 +364,10 @@ def make_dls(
     bins = hist_bins(store, task_slices(Recipe('all'), store.index, labels, split, 'train'))
     targets = labels[list(recipe.labels)].reindex(store.index.index, fill_value=False).to_numpy()
     size, bs = size or recipe.sizes[0], bs or recipe.batch_sizes[0]
-    loaders = [make_loader(store, recipe, bins, side, size, bs, targets[side], s, device) for side, s in ((train, seed + 1000*stage), (valid, None))]
+    pictures = open_pictures(run, recipe, store)
+    loaders = [make_loader(pictures, recipe, bins, side, size, bs, targets[side], s, device) for side, s in ((train, seed + 1000*stage), (valid, None))]
     dls = DataLoaders(*loaders, path=run.path, device=device or default_device())
-    dls.bins, dls.store = bins, store
+    dls.bins, dls.store = bins, pictures
     return dls
 
 # %% ../nbs/20_data.ipynb #c12a8d18
