@@ -5,42 +5,48 @@
 # %% auto #0
 __all__ = ['Bundle', 'save_bundle', 'load_bundle']
 
-# %% ../nbs/26_bundle.ipynb #a9e04d00
-import json
+# %% ../nbs/26_bundle.ipynb #7e17fa27
+import json, shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 from fastcore.script import CliError
+from torch import nn
 
 from .core import versions, write_whole
 from .recipes import Recipe
-from .models import Net, create_model, load_weights, save_weights
+from .models import create_model, load_weights, save_weights
+from .sequence import StudyNet
 
-# %% ../nbs/26_bundle.ipynb #20c95c9b
+# %% ../nbs/26_bundle.ipynb #09fec9f6
 @dataclass
 class Bundle:
     "A trained model with what it needs to see as it saw in training"
-    model: Net          # In evaluation mode, on the CPU
+    model: nn.Module    # In evaluation mode, on the CPU; a sequence's `StudyNet`; None where there are only parts
     recipe: Recipe      # Labels, view and windows among it
     bins: np.ndarray    # HU, for the views 'hist' and 'neighbors'
     size: int           # Pixels
     extra: dict         # What the training was: data, versions
+    parts: tuple = ()   # The bundles of the recipe's parts
 
     @property
     def labels(self)->tuple: return self.recipe.labels
 
 def save_bundle(
     path, # A folder, made where it is missing
-    model:Net,
+    model, # None where the recipe has only parts
     recipe:Recipe,
     bins, # From `hist_bins`
     size:int, # Pixels that it was last trained at
     extra:dict=None, # Plain values: a summary of the training data, say
+    parts=(), # The bundles' folders of the recipe's parts, which are copied in
 ):
     "Write a bundle; model.json comes last, so a folder that has one is whole"
     path = Path(path)
-    save_weights(model, path/'model.safetensors')
+    shutil.rmtree(path, ignore_errors=True)
+    if model is not None: save_weights(model, path/'model.safetensors')
+    for i, part in enumerate(parts): shutil.copytree(part, path/'parts'/str(i))
     about = dict(format=1, labels=recipe.labels, size=size, bins=[float(b) for b in bins], recipe=asdict(recipe), versions=versions(), **(extra or {}))
     with write_whole(path/'model.json') as part: part.write_text(json.dumps(about, indent=1))
 
@@ -53,6 +59,11 @@ def load_bundle(
     except (OSError, ValueError) as e: raise CliError(f'{path} is no bundle: give a folder with model.json and model.safetensors in it') from e
     try: recipe, bins, size = Recipe(**about.pop('recipe')), np.array(about.pop('bins')), about.pop('size')
     except (KeyError, TypeError) as e: raise CliError(f'{path}/model.json is not one of ours ({e}): train the model again') from e
-    model = create_model(recipe)
+    parts = tuple(load_bundle(path/'parts'/str(i)) for i in range(len(recipe.parts)))
+    return Bundle(_model(path, recipe, about), recipe, bins, size, about, parts)
+
+def _model(path, recipe, about):
+    if recipe.kind in ('two_step', 'ensemble'): return None
+    model = StudyNet(about['n_features'], recipe) if recipe.kind == 'sequence' else create_model(recipe)
     load_weights(model, path/'model.safetensors')
-    return Bundle(model.eval(), recipe, bins, size, about)
+    return model.eval()
