@@ -15,6 +15,7 @@ import torch
 from ich_fastai.clean import Store, export_jpegs
 from ich_fastai.core import TYPES, Run, keep_freed_memory
 from ich_fastai.data import hist_bins, make_loader, phantom_run, task_slices
+from ich_fastai.labels import split_patients
 from ich_fastai.models import Net, create_model, precision_on
 from ich_fastai.recipes import Recipe, get_recipe
 from ich_fastai.train import LabelLoss, make_learner
@@ -47,7 +48,8 @@ def passed(dl): # CPU milliseconds a slice, over a whole pass
 
 def loader_costs(path, jpeg, view, augmented, size, n, rounds): # [rounds, 2], in a fresh process, as a training is one
     torch.set_num_threads(1)
-    store, positions = Store(Run(path).images), np.arange(n)
+    store = Store(Run(path).images)
+    positions = np.arange(min(n, len(store)))
     bins = hist_bins(store, np.arange(len(store)))
     ours = make_loader(store, Recipe('loader', view=view), bins, positions, size, 64, seed=0 if augmented else None, device='cpu')
     theirs = fastai_loader(store, jpeg, positions, size, augmented)
@@ -56,7 +58,7 @@ def loader_costs(path, jpeg, view, augmented, size, n, rounds): # [rounds, 2], i
 def measure_loader(table, job):
     for view, wanted in ('hist', None), ('windows', (8, 4, 2.5)):
         for augmented in (False, True) if view == 'hist' else (True,):
-            for size, at_least in zip((64, 128, 256), wanted or ((10, 5, 4) if augmented else (10, 10, 10))):
+            for size, at_least in zip((64,) if job.quick else (64, 128, 256), wanted or ((10, 5, 4) if augmented else (10, 10, 10))):
                 costs = in_child(loader_costs, job.run.path, job.jpeg, view, augmented, size, 256 if job.quick else 1024, 2 if job.quick else 7)
                 what = {'hist': 'one view', 'windows': 'three windows'}[view]
                 table.faster(f'loader_{view}_{size}{"_augmented" if augmented else ""}', f'loader, {size} px, {what}{", flipped and rotated" if augmented else ""}', costs, 'ms', at_least)
@@ -108,7 +110,7 @@ def rate(arch, size, bs, precision='auto', channels_last=True, kept=True, compil
             with torch.autocast('cpu', dtype=torch.bfloat16, enabled=precision_on('cpu', precision) == 'bf16'): return torch.nn.Sequential.forward(model, x).float()
         model.forward = forward
     run = torch.compile(model) if compiled else model
-    x, y, loss, opt = torch.randn(bs, 1, size, size), torch.rand(bs, 6).round(), LabelLoss(TYPES + ('any',)), torch.optim.AdamW(model.parameters(), foreach=True)
+    x, y, loss, opt = torch.randn(bs, 1, size, size), torch.rand(bs, 6).round(), LabelLoss(Recipe('switch')), torch.optim.AdamW(model.parameters(), foreach=True)
     def step():
         loss(run(x), y).backward()
         opt.step()
@@ -127,8 +129,9 @@ SWITCHES = dict(channels_last=('channels last', dict(channels_last=False)), bf16
 def measure_switches(table, job):
     for arch, size, bs in (('resnet18', 128, 32), ('resnet50', 128, 16)) if not job.quick else (('resnet18', 64, 32),):
         for name, (what, off) in SWITCHES.items():
-            if name == 'fp16' and (job.quick or arch == 'resnet50'): continue
-            costs = rounds_of(1, lambda: in_child(rate, arch, size, bs)[0], lambda: in_child(rate, arch, size, bs, **off)[0], warm=False)
+            if name != 'bf16' and job.quick or name == 'fp16' and arch == 'resnet50': continue
+            seconds = 1. if job.quick else 5.
+            costs = rounds_of(1, lambda: in_child(rate, arch, size, bs, seconds=seconds)[0], lambda: in_child(rate, arch, size, bs, seconds=seconds, **off)[0], warm=False)
             table.faster(f'switch_{name}_{arch}', f'{what}, on against off: {arch}, {size} px', costs, 'ms')
         if job.quick or arch == 'resnet50': continue
         (with_it, first), (without, _) = (in_child(rate, arch, size, bs, compiled=c) for c in (True, False))
@@ -137,11 +140,11 @@ def measure_switches(table, job):
 
 # The whole recipe
 
-def small(recipe): # Of seed 003, cut to what phantoms and two cores allow: batches and rates an eighth, random weights, no blur (fastai has none)
+def small(recipe): # Of Khandelwal et al., cut to what phantoms and two cores allow: batches and rates an eighth, random weights, no blur (fastai has none)
     return replace(recipe, pretrained=False, blur=0., batch_sizes=tuple(b//8 for b in recipe.batch_sizes), lr=recipe.lr/8, lr_unfrozen=recipe.lr_unfrozen)
 
 def plain_fastai(path, jpeg, recipe): # (seconds of the epochs, probabilities of the test slices [n, 5])
-    from fastai.vision.all import ImageDataLoaders, Resize, accuracy_multi, aug_transforms, resnet50, set_seed, vision_learner
+    from fastai.vision.all import ImageDataLoaders, Resize, accuracy_multi, aug_transforms, models, set_seed, vision_learner
     run, store = Run(path), Store(Run(path).images)
     labels, split, names = run.read('labels'), run.read('split'), store.index.index
     sides = {side: names[task_slices(recipe, store.index, labels, split, side)] for side in ('train', 'valid', 'test')}
@@ -152,7 +155,7 @@ def plain_fastai(path, jpeg, recipe): # (seconds of the epochs, probabilities of
         return ImageDataLoaders.from_df(frame, path=jpeg, label_col='labels', label_delim=';', valid_col='is_valid', item_tfms=Resize(size), batch_tfms=turned, bs=bs, num_workers=0, device='cpu')
     set_seed(0)
     first, *rest = zip(recipe.sizes, recipe.batch_sizes, recipe.epochs)
-    learn = vision_learner(loaders(*first[:2]), resnet50, pretrained=False, metrics=accuracy_multi, wd=recipe.wd)
+    learn = vision_learner(loaders(*first[:2]), getattr(models, recipe.arch), pretrained=False, metrics=accuracy_multi, wd=recipe.wd)
     with learn.no_bar(), learn.no_logging():
         start = time.perf_counter()
         learn.freeze()
@@ -182,15 +185,15 @@ def interval(ours, theirs, truth, patients, n=2000): # 95 % interval of our accu
 
 def measure_recipe(table, job):
     recipe = small(get_recipe('khandelwal_resnet50_progressive'))
-    if job.quick: recipe = replace(recipe, sizes=(64,), batch_sizes=(64,), epochs=(1,), frozen_epochs=1)
+    if job.quick: recipe = replace(recipe, arch='resnet18', sizes=(64,), batch_sizes=(16,), epochs=(1,), frozen_epochs=1)
     theirs, p, images = in_child(plain_fastai, job.run.path, job.hist_jpeg, recipe)
     truth, patients = job.run.read('labels').loc[images, list(TYPES)].to_numpy(), job.store.index.loc[images, 'PatientID']
-    table.note(f'progressive recipe of seed 003 on phantoms: {len(images)} test slices with a bleed, of {patients.nunique()} patients; batches and rates an eighth of the published, random weights')
+    table.note(f'progressive recipe of Khandelwal et al. on phantoms: {len(images)} test slices with a bleed, of {patients.nunique()} patients; batches and rates an eighth of the published, random weights')
     for precision in 'fp32', 'auto':
         seconds, predictions = in_child(our_recipe, job.run.path, replace(recipe, name=f'progressive_{precision}', precision=precision))
         ours = predictions.loc[images, list(TYPES)].to_numpy()
         said = precision if precision == 'fp32' else f'{precision} ({precision_on("cpu")})'
-        table.faster(f'recipe_{precision}', f'progressive recipe of seed 003, {said}, against plain fastai, fp32', np.array([[seconds, theirs]]), 's')
+        table.faster(f'recipe_{precision}', f'progressive recipe of Khandelwal et al., {said}, against plain fastai, fp32', np.array([[seconds, theirs]]), 's')
         low, high = interval(ours, p, truth, patients)
         accuracy = [((q > 0.5) == truth).mean() for q in (ours, p)]
         table.note(f'accuracy_multi, {said}: {accuracy[0]:.3f}, plain fastai {accuracy[1]:.3f}; difference {accuracy[0] - accuracy[1]:+.3f}, 95 % interval by patients {low:+.3f} to {high:+.3f}: '
@@ -305,7 +308,8 @@ NOTE = ('Medians over rounds in which the sides take turns, ratio by round; swit
         'Networks start from random weights; the slices are phantoms.')
 
 def prepare(args, folder): # What the sections share
-    run = phantom_run(folder/'run', n_studies=12 if args.quick else 36, size=256)
+    run = phantom_run(folder/'run', n_studies=8 if args.quick else 36, size=256)
+    if not args.quick: run.write('split', split_patients(run.read('labels'), run.read('metadata'), test=0.4))  # More patients to compare recipes on
     store = Store(run.images)
     bins = hist_bins(store, np.arange(len(store)))
     export_jpegs(store, folder/'jpeg')
