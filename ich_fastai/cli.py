@@ -13,7 +13,7 @@ from pathlib import Path
 
 from fastcore.script import CliError, call_parse
 
-# %% ../nbs/50_cli.ipynb #d41a30b3
+# %% ../nbs/50_cli.ipynb #bb8bdcbc
 def command(f):
     "A console script from `f`, which has a parameter `quiet`"
     @wraps(f)
@@ -22,7 +22,7 @@ def command(f):
         warnings.filterwarnings('ignore', module='torch')  # Its deprecations are for us to mend, not for users
         try: f(*args, quiet=quiet, **kwargs)
         except CliError as e: raise CliError(_safe(e)) from e
-        except KeyboardInterrupt: raise CliError('interrupted: run the same command again and it goes on from here') from None
+        except KeyboardInterrupt: raise CliError(f'interrupted: run the same command again{" with --resume" if f.__name__ == "train" else ""} and it goes on from here') from None
         except OSError as e:  # A full disk, a folder in the place of a file: the edge is where all of them pass
             raise CliError(f'{_safe(e)}: check the path and the room on its disk, then run again') from None
     return call_parse(run)
@@ -159,12 +159,15 @@ def clean(
         if jpeg: _say(f'{export_jpegs(Store(folder.images), folder.path/"jpeg"):,} JPEG files in {folder.path/"jpeg"}')
         if folder.has('split'): _say(f'next: `ich-train {run} RECIPE` or `ich-compare {run} RECIPE RECIPE`')
 
-# %% ../nbs/50_cli.ipynb #4caef859
+# %% ../nbs/50_cli.ipynb #edd2a610
+def _finder(scale, scratch):
+    "From a recipe's name or file to the recipe, made smaller where that is asked"
+    from ich_fastai.recipes import get_recipe, smaller
+    return lambda recipe: smaller(get_recipe(recipe), scale, scratch)
+
 def _longer(recipe, epochs):
     "`recipe` with `epochs` epochs in each stage, where that is asked"
     from dataclasses import replace
-    from ich_fastai.recipes import get_recipe
-    recipe = get_recipe(recipe)
     return replace(recipe, epochs=(epochs,)*len(recipe.sizes)) if epochs else recipe
 
 @command
@@ -175,29 +178,37 @@ def train(
     seed:int=0, # Of weights and order
     resume:bool=False, # Go on from the last checkpoint of a training that was broken off
     checkpoint_minutes:float=10., # Between two checkpoints within an epoch; each epoch ends with one anyway
+    scale:float=1., # Of the recipe's pixels, batches and epochs, for less time: 0.25 is a quarter of each
+    scratch:bool=False, # From random weights, where ImageNet's cannot be fetched?
+    track:str='', # 'tensorboard' or 'wandb' (Weights & Biases): losses and metrics go there too
     quiet:bool=False, # No progress bars, no summary
 ):
     "Train one recipe and write its model and predictions into the run folder"
     from ich_fastai.core import Run
-    recipe, folder = _longer(recipe, epochs), Run(run)
+    find, folder, asked = _finder(scale, scratch), Run(run), recipe
+    recipe = _longer(find(recipe), epochs)
     from ich_fastai.run import run_recipe
-    predictions = run_recipe(folder, recipe, seed=seed, resume=resume, minutes=checkpoint_minutes)
-    _say(f'{len(predictions):,} predictions in {folder.model(recipe.name, seed)}', f'next: `ich-compare {run} {recipe.name}`')
+    predictions = run_recipe(folder, recipe, seed=seed, resume=resume, minutes=checkpoint_minutes, find=find, track=track)
+    _say(f'{len(predictions):,} predictions in {folder.model(recipe.name, seed)}', f'next: `ich-compare {run} {asked}`')
 
 @command
 def compare(
     run:str, # The run folder
-    *recipes:str, # Names of recipes, or paths of TOML files
+    *recipes:str, # Names of recipes, or paths of TOML files; `all` is every recipe on the list but the demo's
+    scale:float=1., # Of every recipe's pixels, batches and epochs, for less time: 0.25 is a quarter of each
+    scratch:bool=False, # From random weights, where ImageNet's cannot be fetched?
     seed:int=0, # Of weights and order, the same for all
     quiet:bool=False, # No progress bars, no summary
 ):
     "Train each recipe on the same split, and write the leaderboard and one HTML report"
     from ich_fastai.core import Run
-    from ich_fastai.recipes import get_recipe
+    from ich_fastai.recipes import recipes as known
     if not recipes: raise CliError('name at least one recipe: `ich-compare RUN RECIPE [RECIPE ...]`')
-    folder, recipes = Run(run), [get_recipe(r) for r in recipes]
+    if recipes == ('all',): recipes = [name for name in known if not name.startswith('demo_')]
+    folder, find = Run(run), _finder(scale, scratch)
+    recipes = [find(r) for r in recipes]
     from ich_fastai.compare import compare as compare_recipes, report, summary
-    board = compare_recipes(folder, recipes, seed=seed)
+    board = compare_recipes(folder, recipes, seed=seed, find=find)
     _say(summary(board), f'report: {report(folder)}')
 
 # %% ../nbs/50_cli.ipynb #4f510aa5

@@ -135,7 +135,7 @@ def sort_board(
     order = board.assign(**keys).sort_values(['_failed', 'board', 'slices', '_group', '_score'], kind='stable')
     return order.drop(columns=list(keys)).reset_index(drop=True)
 
-# %% ../nbs/32_compare.ipynb #6303b81b
+# %% ../nbs/32_compare.ipynb #1498d8dc
 def _resolved(recipes):
     "The recipes meant, each once, bright_pixels first"
     recipes = [get_recipe(r) for r in recipes]
@@ -151,6 +151,7 @@ def compare(
     seed:int=0, # Of weights, order and resamples, the same for all
     resume:bool=True, # Go on within an interrupted training? What is finished is never done again
     n:int=1000, # Resamples of the patients for the intervals
+    find=get_recipe, # A function from the name of a part to its recipe
 )->pd.DataFrame: # The leaderboard, as in leaderboard.csv
     "Train each recipe on the same split with the same seed, and rank them"
     from ich_fastai.run import run_recipe
@@ -159,7 +160,7 @@ def compare(
     labels, rows, bright, referenced = run.read('labels'), [], None, set()
     for recipe in recipes:
         try:
-            predictions = run_recipe(run, recipe, seed=seed, resume=resume)
+            predictions = run_recipe(run, recipe, seed=seed, resume=resume, find=find)
             if predictions[list(recipe.labels)].isna().any(axis=None):
                 raise CliError('it gave no probabilities: the training split has no slices of its kind')
             if recipe.kind == 'bright_pixels': bright = predictions
@@ -215,7 +216,7 @@ def plot_board(
     ax.spines[['top', 'right']].set_visible(False)
     return ax
 
-# %% ../nbs/32_compare.ipynb #92a5d053
+# %% ../nbs/32_compare.ipynb #5338ecc3
 def _plot_lr(ax, folder):
     found = pd.read_csv(folder/'lr_find.csv')
     suggested = found.suggested.iloc[0]
@@ -248,9 +249,11 @@ def plot_training(
 ):
     "LR finder, losses and AUROC by epoch; None for a recipe that has no such files"
     folder = Path(folder)
-    if not all((folder/f'{name}.csv').exists() for name in ('lr_find', 'losses', 'history')): return None
+    there = [plot for name, plot in dict(lr_find=_plot_lr, losses=_plot_losses, history=_plot_epochs).items() if (folder/f'{name}.csv').exists()]
+    if not there: return None
     fig, axs = plt.subplots(1, 3, figsize=(10, 2.6), layout='constrained')
-    for ax, plot in zip(axs, (_plot_lr, _plot_losses, _plot_epochs)):
+    for ax in axs[len(there):]: ax.set_axis_off()
+    for ax, plot in zip(axs, there):
         plot(ax, folder)
         ax.spines[['top', 'right']].set_visible(False); ax.tick_params(labelsize=8)
     return axs
