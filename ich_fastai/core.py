@@ -244,10 +244,7 @@ def cluster(
         except CancelledError as e: raise CliError(f'the scheduler at {address} is gone: start it, then run again, it goes on from here') from e
         finally: client.unsubscribe_topic('all')
 
-# %% ../nbs/00_core.ipynb #f648c1f5
-_made_by = dict(metadata='ich-metadata SRC {run}', errors='ich-metadata SRC {run}', labels='ich-metadata SRC {run} --labels FILE',
-                split='ich-metadata SRC {run} --labels FILE', index='ich-clean {run}')
-
+# %% ../nbs/00_core.ipynb #13f06e8c
 @contextmanager
 def only_one(
     folder, # Made where it is missing
@@ -261,6 +258,10 @@ def only_one(
     except Timeout: raise CliError(f'another command is at work in {folder}: {advice}') from None
     try: yield
     finally: lock.release()
+
+# %% ../nbs/00_core.ipynb #40a50f50
+_made_by = dict(metadata='ich-metadata SRC {run}', errors='ich-metadata SRC {run}', labels='ich-metadata SRC {run} --labels FILE',
+                split='ich-metadata SRC {run} --labels FILE', index='ich-clean {run}')
 
 class Run:
     "A run folder: where each room finds and leaves its frames"
