@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHORT', 'phantom_run', 'task_slices', 'training_slices', 'hist_bins', 'view_table', 'n_channels', 'TensorHU',
-           'TensorCT', 'View', 'neighbors', 'Draws', 'Turn', 'Blur', 'read_at', 'open_pictures', 'Slices',
+           'TensorCT', 'OfPictures', 'View', 'neighbors', 'Draws', 'Turn', 'Blur', 'read_at', 'open_pictures', 'Slices',
            'SliceLoader', 'make_loader', 'make_dls', 'labelled_slices', 'prediction_frame']
 
 # %% ../nbs/20_data.ipynb #4135dde7
@@ -104,7 +104,7 @@ def n_channels(recipe:Recipe)->int:
     "How many channels the network gets"
     return dict(hist=1, windows=len(recipe.windows), neighbors=3, jpeg=3)[recipe.view]
 
-# %% ../nbs/20_data.ipynb #b4d95527
+# %% ../nbs/20_data.ipynb #cad8b4f9
 class TensorHU(TensorBase): "int16 HU, [n, h, w], or [n, 3, h, w] with the neighbors"
 class TensorCT(TensorImage): _show_args = dict(cmap='gray', vmin=0, vmax=1)
 
@@ -112,7 +112,11 @@ def _at_once(x):
     "How many slices of a batch to work on at a time: what fits a CPU's cache; all on a GPU"
     return max(2**16 // max(x[0].numel(), 1), 1) if x.device.type == 'cpu' else len(x)
 
-class View(Transform):
+class OfPictures(Transform):
+    "What changes pictures and leaves targets alone"
+    def encodes(self, y:TensorMultiCategory): return y
+
+class View(OfPictures):
     "HU to what the recipe sees, normalized, by one look-up on the device"
     order, parameters = 0, L('table', 'mean', 'std')
     def __init__(self,
@@ -164,8 +168,8 @@ class Draws:
         "Make the attributes those of a batch"
         self.flip, self.turn, self.blur, self.zoom, self.shear, self.across, self.down = self._table[items].T
 
-# %% ../nbs/20_data.ipynb #1ff88a86
-class Turn(Transform):
+# %% ../nbs/20_data.ipynb #bafbf304
+class Turn(OfPictures):
     "Move HU about, each slice of a training batch by its own draw"
     order, split_idx = -1, 0  # Before `View`, in training only
     def __init__(self,
@@ -203,14 +207,14 @@ def _grid(maps, h, w): # [n, h, w, 2]; `affine_grid` takes several times as long
     xs, ys = _centers(w, maps), _centers(h, maps)[:, None]
     return torch.stack([m[:, 0, None, None]*xs + (m[:, 1, None, None]*ys + m[:, 2, None, None]) for m in maps.unbind(1)], dim=-1)
 
-# %% ../nbs/20_data.ipynb #d5eeb760
+# %% ../nbs/20_data.ipynb #3574379b
 def _blurred(x): # [m, c, h, w], Gaussian of about 1 pixel
     kernel = x.new_tensor([1, 4, 6, 4, 1]) / 16
     x, c = F.pad(x, (2, 2, 2, 2), mode='replicate'), x.shape[1]
     x = F.conv2d(x, kernel.view(1, 1, 1, 5).expand(c, 1, 1, 5), groups=c)
     return F.conv2d(x, kernel.view(1, 1, 5, 1).expand(c, 1, 5, 1), groups=c)
 
-class Blur(Transform):
+class Blur(OfPictures):
     "Blur some pictures of a training batch, each by its own draw"
     order, split_idx = 10, 0  # After `View`, in training only
     def __init__(self,

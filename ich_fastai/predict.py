@@ -22,7 +22,7 @@ from .sequence import PART, Features, series_loader, series_of
 from .bundle import Bundle, load_bundle
 from .run import COMBINED
 
-# %% ../nbs/40_predict.ipynb #95105704
+# %% ../nbs/40_predict.ipynb #276b4712
 class MemoryStore:
     "Cleaned slices of a few studies, read as from a `Store`"
     def __init__(self,
@@ -32,7 +32,7 @@ class MemoryStore:
         self.index, self.sizes = metadata, store_sizes(largest)
         slices = progress(list(zip(metadata['fname'], metadata['frame'])), label='cleaning slices')
         cleaned = [clean_slice(hu(fname, frame), largest)[1] for fname, frame in slices]
-        self.hu = {size: np.stack([pictures[size] for pictures in cleaned]) for size in self.sizes}
+        self.hu = {size: np.array([pictures[size] for pictures in cleaned]) for size in self.sizes}
 
     def read(self, positions, size): return self.hu[size][positions]
 
