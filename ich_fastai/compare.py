@@ -27,7 +27,7 @@ from .explore import (PLAIN, pick_series, plot_brain_share, plot_cooccurrence, p
 from .evaluate import (FEW, by_study, difference, intervals, of_split, operating_points, plot_calibration, plot_confusion,
                                  plot_roc, with_any)
 
-# %% ../nbs/32_compare.ipynb #331e4283
+# %% ../nbs/32_compare.ipynb #d2a9346c
 def _put(row, name, interval):
     "An estimate and its interval, as three columns"
     row.update({name: interval.estimate, f'{name}_low': interval.low, f'{name}_high': interval.high})
@@ -62,7 +62,7 @@ def own_row(
     _put(row, 'accuracy', accuracy)
     _put(row, 'error_rate', pd.Series(dict(estimate=1 - accuracy.estimate, low=1 - accuracy.high, high=1 - accuracy.low)))
     if len(recipe.labels) == len(LABELS): _put(row, 'weighted_log_loss', intervals(p, t, 'weighted_log_loss', **kw).iloc[0])
-    for metric in 'auroc', 'recall', 'precision':
+    for metric in 'auroc', 'recall', 'precision', 'mse':
         by_label = intervals(p, t, metric, **kw)
         for label in recipe.labels: _put(row, f'{metric}_{label}', by_label.loc[label])
     return row
@@ -355,7 +355,7 @@ def _top(run, board, names, seed):
     return Header(P('Research use, not a medical device', cls='use'), H1('Bleeding on head CT: ', Span(f'{len(names)} recipes compared')),
                   banner if phantom else '', *[P(s, cls='lead') for s in _findings(board)], P(_weights(run, names, seed)), P(about + intervals))
 
-# %% ../nbs/32_compare.ipynb #33b17189
+# %% ../nbs/32_compare.ipynb #3be0f8de
 def _figures(rows, columns, caption='', about=('slices',)):
     "A table of the board's `rows`: recipe, what it is `about`, and `columns` (header to the board's column) with their intervals"
     def one(r):
@@ -383,10 +383,10 @@ def _cost_table(board):
     columns = dict(recipe='recipe', task='task', parameters='parameters', seconds='training seconds', images_per_second='images a second')
     return _table(rows[list(columns)].rename(columns=columns).to_dict('records'), 'what it costs', ('recipe', 'task'))
 
-_by_label = dict(auroc='AUROC', recall='recall', precision='precision')
+_by_label = dict(auroc='AUROC', recall='recall', precision='precision', mse='MSE')
 
 def _task_tables(rows):
-    "One task: calls over all its labels; AUROC, recall and precision by label, with the former where there is one label"
+    "One task: calls over all its labels; the figures by label, with the former where there is one label"
     labels = [l for l in LABELS if f'auroc_{l}' in rows and rows[f'auroc_{l}'].notna().any()]
     columns = {'accuracy': 'accuracy', 'error rate': 'error_rate', 'weighted log loss': 'weighted_log_loss'}
     columns = {k: v for k, v in columns.items() if v in rows and rows[v].notna().any()}

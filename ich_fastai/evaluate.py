@@ -56,7 +56,7 @@ def patient_weights(
     drawn = np.random.default_rng(seed).multinomial(n_patients, np.full(n_patients, 1/n_patients), n)
     return np.vstack([np.ones(n_patients), drawn])
 
-# %% ../nbs/30_evaluate.ipynb #60ce3a8e
+# %% ../nbs/30_evaluate.ipynb #d3363f23
 def _share(part, whole): return np.divide(part, whole, out=np.full(np.shape(whole), np.nan), where=whole > 0)
 
 def _loss(p, t):
@@ -70,7 +70,8 @@ _ratios = dict(  # Of probability, truth and threshold: what is summed, and what
     specificity=lambda p, t, c: ((p <= c) & ~t, ~t),
     precision=lambda p, t, c: ((p > c) & t, p > c),
     f1=lambda p, t, c: (2*((p > c) & t), t*1 + (p > c)),
-    log_loss=lambda p, t, c: (_loss(p, t), np.ones(len(p))))
+    log_loss=lambda p, t, c: (_loss(p, t), np.ones(len(p))),
+    mse=lambda p, t, c: ((p - t)**2, np.ones(len(p))))
 
 def _ratio(part, whole, patient, weights):
     "Weighted sum of `part` by that of `whole`, a figure a resample"
