@@ -5,18 +5,19 @@
 # %% auto #0
 __all__ = ['OURS', 'TRACKERS', 'COMBINED', 'two_step', 'ensemble', 'run_recipe']
 
-# %% ../nbs/27_run.ipynb #85baac1a
+# %% ../nbs/27_run.ipynb #83f033ee
 import json, shutil
 from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from functools import partial
 from time import perf_counter
 
 import numpy as np
 import pandas as pd
 from fastcore.script import CliError
-from fastai.basics import num_distrib, set_seed
+from fastai.basics import default_device, num_distrib, set_seed
 
-from .core import LABELS, Run, first_process, hardware, only_one, pick, show_progress, sweep, versions, write_whole
+from .core import LABELS, Run, first_process, hardware, log, only_one, pick, show_progress, sweep, versions, write_whole
 from .recipes import get_recipe, read_recipe, write_recipe
 from .clean import Store
 from .data import labelled_slices, make_dls, make_loader, open_pictures, prediction_frame, training_slices
@@ -116,7 +117,7 @@ def ensemble(
 
 COMBINED = dict(two_step=two_step, ensemble=ensemble)
 
-# %% ../nbs/27_run.ipynb #dadc8e95
+# %% ../nbs/27_run.ipynb #16ae4693
 def run_recipe(
     run, # A run folder with metadata, labels, split and image store
     recipe, # A name, a `Recipe` or a TOML file
@@ -127,7 +128,7 @@ def run_recipe(
     track:str='', # 'tensorboard' or 'wandb': losses and metrics go there too
 )->pd.DataFrame: # Predictions by image: all labelled slices
     "Run a recipe, or read back what it gave, with everything written to `models/<recipe>/<seed>/`"
-    run, recipe = Run(run), get_recipe(recipe)
+    run, recipe = Run(run), _in_time(get_recipe(recipe))
     folder, parts = run.model(recipe.name, seed), [find(part) for part in recipe.parts]
     if track: pick(track, TRACKERS, 'tracker')
     join_processes()
@@ -135,6 +136,12 @@ def run_recipe(
         first_of_all(lambda: _open_folder(folder, recipe, resume))
         if not (folder/'predictions.parquet').exists(): _make(run, recipe, seed, resume, minutes, parts, find, track)
     return _kept_predictions(folder, run)
+
+def _in_time(recipe):
+    "The recipe in a precision that the device is made for"
+    if recipe.precision != 'fp16' or default_device().type != 'cpu': return recipe
+    log.warning('%s: a CPU takes some fifty times longer in fp16, so it trains in %s', recipe.name, precision_on('cpu'))
+    return replace(recipe, precision='auto')
 
 def _alone_at_work(folder):
     return only_one(folder, 'wait until it ends') if first_process() else nullcontext()
