@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BASELINES', 'header_numbers', 'metadata_forest', 'brain_mask', 'n_bright', 'bright_features', 'bright_pixels',
-           'picture_components', 'pca_logistic', 'pca_forest']
+           'picture_components', 'on_components']
 
 # %% ../nbs/24_baselines.ipynb #322863a7
 import numpy as np
@@ -89,7 +89,7 @@ def bright_pixels(
     "A logistic regression on the count of bright pixels"
     return _fit_predict(run, recipe, seed, bright_features(Store(run.images)), LogisticRegression)
 
-# %% ../nbs/24_baselines.ipynb #8cadc102
+# %% ../nbs/24_baselines.ipynb #0c32469a
 def _chunks(positions, n): return np.array_split(positions, max(len(positions)//n, 1))  # Each of n or more, where there are so many
 
 def picture_components(
@@ -110,22 +110,14 @@ def picture_components(
     rows = np.concatenate([pca.transform(seen(some)) for some in progress(_chunks(np.arange(len(index)), bs), label='projecting')])
     return pd.DataFrame(rows.astype(np.float32), index=index.index).add_prefix('pc')
 
-def pca_logistic(
+def on_components(
     run:Run,
-    recipe:Recipe,
+    recipe:Recipe, # Its kind says which: 'pca_logistic' or 'pca_forest'
     seed:int=0,
 )->pd.DataFrame: # Predictions
-    "A logistic regression on the principal components, each of deviation 1"
+    "A logistic regression on the principal components, each of deviation 1, or a random forest on them as they are"
     def logistic(): return make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
-    return _fit_predict(run, recipe, seed, picture_components(run, recipe, seed), logistic)
-
-def pca_forest(
-    run:Run,
-    recipe:Recipe,
-    seed:int=0,
-)->pd.DataFrame: # Predictions
-    "A random forest on the principal components"
     def forest(): return RandomForestClassifier(200, n_jobs=1, random_state=seed)
-    return _fit_predict(run, recipe, seed, picture_components(run, recipe, seed), forest)
+    return _fit_predict(run, recipe, seed, picture_components(run, recipe, seed), dict(pca_logistic=logistic, pca_forest=forest)[recipe.kind])
 
-BASELINES = dict(metadata_forest=metadata_forest, bright_pixels=bright_pixels, pca_logistic=pca_logistic, pca_forest=pca_forest)  # By the recipe's `kind`
+BASELINES = dict(metadata_forest=metadata_forest, bright_pixels=bright_pixels, pca_logistic=on_components, pca_forest=on_components)  # By the recipe's `kind`

@@ -84,7 +84,7 @@ class Recipe:
     def task(self)->str: # 'binary' (any alone), 'types' (the five) or 'multilabel' (all six, or others)
         return {('any',): 'binary', TYPES: 'types'}.get(self.labels, 'multilabel')
 
-# %% ../nbs/02_recipes.ipynb #f04bc857
+# %% ../nbs/02_recipes.ipynb #cca356a3
 _choices = dict(kind=('cnn', 'sequence', 'two_step', 'ensemble', 'metadata_forest', 'bright_pixels', 'pca_logistic', 'pca_forest'),
                 slices=('all', 'bleeding'), view=('hist', 'windows', 'neighbors', 'jpeg'), head=('fastai', 'linear', 'petkov', 'qiu'),
                 frozen=('', 'body', 'three_blocks'), reader=('lstm', 'gru', 'attention', 'none'), optimizer=('adam', 'adadelta'),
@@ -112,6 +112,7 @@ def _check(r):
     need(len(r.labels) == len(set(r.labels)) > 0, 'labels must name each label once, and at least one')
     need(len(r.sizes) == len(r.batch_sizes) == len(r.epochs) > 0, 'sizes, batch_sizes and epochs must be of one length, a stage each')
     need(r.view != 'windows' or r.windows, "windows must name at least one for view 'windows'")
+    need(r.view != 'jpeg' or len(r.windows) == 3 and set(r.windows) <= set(WINDOWS), f"windows must be three of {', '.join(WINDOWS)} for view 'jpeg', a color each, not {r.windows!r}")
     for key in _whole: need(all(_is(v, int) and v > 0 for v in getattr(r, key)), f'{key} must be whole numbers above 0, not {getattr(r, key)!r}')
     need(min(r.batch_sizes) > 1, f'batch_sizes must be 2 or more, as BatchNorm compares the slices of a batch, not {r.batch_sizes!r}')
     parts = dict(sequence=1, two_step=2, ensemble=max(len(r.parts), 2)).get(r.kind, 0)

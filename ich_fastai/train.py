@@ -250,7 +250,7 @@ def memory_errors(
         if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and 'allocate memory' not in str(e): raise
         raise CliError(f'{bs} slices of {size} px do not fit into memory: set `batch_sizes` in the recipe to {max(bs//2, 1)} for that size') from e
 
-# %% ../nbs/23_train.ipynb #5f320294
+# %% ../nbs/23_train.ipynb #e934af73
 @lru_cache
 def _hash(path, modified):
     frame = pd.read_parquet(path)
@@ -282,13 +282,13 @@ def read_checkpoint(
     path = Path(folder)/'last.pt'
     if not path.exists(): return None
     try:
-        with zipfile.ZipFile(path) as parts: broken = parts.testzip()  # torch does not look at the checksums
+        with zipfile.ZipFile(path) as parts: torn = parts.testzip()  # torch does not look at the checksums
         state = torch.load(path, map_location=device, weights_only=True)
         if not isinstance(state, dict): raise TypeError(f'a {type(state).__name__}')
         weights = path.parent/state['weights']
-        broken = broken or _digest(weights) != state['digest']
-    except (RuntimeError, EOFError, ValueError, KeyError, TypeError, OSError, zipfile.BadZipFile, UnpicklingError) as e: broken = e
-    if broken: raise CliError(f'{path}, or the weights it names, is damaged: delete {path.parent.parent} to train anew') from (broken if isinstance(broken, Exception) else None)
+        if torn or _digest(weights) != state['digest']: raise ValueError('a checksum differs')
+    except (RuntimeError, EOFError, ValueError, KeyError, TypeError, OSError, zipfile.BadZipFile, UnpicklingError) as e:
+        raise CliError(f'{path}, or the weights it names, is damaged: delete {path.parent.parent} to train anew') from e
     return {**state, 'weights': weights}
 
 def _digest(path):
@@ -368,8 +368,7 @@ class Checkpoint(Callback):
     def _state(self):
         opt, scaler, smooth = self.opt.state_dict(), getattr(self.learn, 'scaler', None), self.recorder.smooth_loss
         return dict(stage=self.stage.number, recipe=self.recipe, marks=self.marks, best=self.best, random=_random_state(), scaler=scaler and scaler.state_dict(),
-                    opt=_plain(opt),
-                    at=(self.pct_train, self.train_iter), smooth=(smooth.count, float(smooth.val)), step=self.step_losses.step,
+                    opt=_plain(opt), at=(self.pct_train, self.train_iter), smooth=(smooth.count, float(smooth.val)), step=self.step_losses.step,
                     images=self.history.images, seconds=perf_counter() - self.history.start)
 
 # %% ../nbs/23_train.ipynb #c5cee74a
