@@ -92,7 +92,7 @@ def _read_file(fname, keep_phi=False, max_mb=MAX_MB):
     except Exception as e:  # Whatever a file's bytes do, it becomes a row of the errors frame
         return [dict(fname=_shown(fname), step='read', error=getattr(e, 'kind', type(e).__name__), message=printable(e))]
 
-# %% ../nbs/11_metadata.ipynb #d10da75a
+# %% ../nbs/11_metadata.ipynb #c056b75d
 _text = pa.large_string()
 
 def _as_text(value):
@@ -107,17 +107,22 @@ def _column(values):
         except (OverflowError, pa.ArrowInvalid): pass
     return pa.array([None if v is None or v != v else _as_text(v) for v in values], _text)
 
+def _as_table(rows):
+    names = dict.fromkeys(name for row in rows for name in row)
+    return pa.table({name: _column([row.get(name) for row in rows]) for name in names})
+
 def _write_part(path, rows):
     "A lot's rows as a table on disk"
-    names = dict.fromkeys(name for row in rows for name in row)
-    table = pa.table({name: _column([row.get(name) for row in rows]) for name in names})
+    table = _as_table(rows)
     options = pa.ipc.IpcWriteOptions(compression='lz4', use_threads=False)
     with write_whole(path) as part, pa.OSFile(str(part), 'wb') as f, pa.ipc.new_file(f, table.schema, options=options) as writer: writer.write_table(table)
 
-def _part_schema(path):
-    with pa.OSFile(str(path)) as f: return pa.ipc.open_file(f).schema
+def _part_schema(part):
+    "Of a lot's table, in memory or on disk"
+    if isinstance(part, pa.Table): return part.schema
+    with pa.OSFile(str(part)) as f: return pa.ipc.open_file(f).schema
 
-# %% ../nbs/11_metadata.ipynb #95e09bf8
+# %% ../nbs/11_metadata.ipynb #3d474f46
 def _lots(files):
     "`files` in lots of 16 to 512: a fraction of a second of work each"
     size = min(max(len(files)//32, 16), 512)
@@ -133,12 +138,17 @@ def _is_whole(path):
     try: return bool(_part_schema(path))
     except (OSError, pa.ArrowInvalid): return False
 
+def _read_rows(fnames, keep_phi, max_mb):
+    keep_memory_in_dask()
+    return [row for f in fnames for row in _read_file(f, keep_phi, max_mb)]
+
+def _read_table(fnames, keep_phi, max_mb): return _as_table(_read_rows(fnames, keep_phi, max_mb))
+
 def _read_lot(fnames, folder, keep_phi=False, max_mb=MAX_MB):
     "The path of the table of a lot, read where `folder` does not have it yet"
-    keep_memory_in_dask()
     key = json.dumps([__version__, keep_phi, max_mb, *map(_stamp, fnames)])
     path = Path(folder)/f'{hashlib.blake2b(key.encode(), digest_size=12).hexdigest()}.arrow'
-    if not _is_whole(path): _write_part(path, [row for f in fnames for row in _read_file(f, keep_phi, max_mb)])
+    if not _is_whole(path): _write_part(path, _read_rows(fnames, keep_phi, max_mb))
     return str(path)
 
 # %% ../nbs/11_metadata.ipynb #10af1674
@@ -165,7 +175,7 @@ def slice_z(
         out = out.where(out.notna() | ~whole, candidate)
     return out
 
-# %% ../nbs/11_metadata.ipynb #6991d615
+# %% ../nbs/11_metadata.ipynb #7f05a8ac
 MIN_BRAIN = 0.02  # Share of pixels in the brain window, from fastai's RSNA notebook; Khandelwal et al. took 0.20
 _key_texts = ['image', 'StudyInstanceUID', 'SeriesInstanceUID']
 _key_numbers = [*_orientation, *_position, 'SliceLocation', 'InstanceNumber', 'img_pct_window']
@@ -176,17 +186,19 @@ def _as(column, kind):
     if column.type == _text: column = pa.array(pd.to_numeric(column.to_pandas(), errors='coerce').to_numpy(np.float64), from_pandas=True)
     return column.cast(kind, safe=False)
 
-def _read_part(path, kinds):
-    "Columns of a lot, `kinds` being name to type; missing values for those that it lacks"
-    schema = _part_schema(path)
-    fields = [i for i, name in enumerate(schema.names) if name in kinds or name == 'fname']
+def _read_fields(path, fields):
     options = pa.ipc.IpcReadOptions(included_fields=fields, use_threads=False)
-    with pa.OSFile(str(path)) as f: table = pa.ipc.open_file(f, options=options).read_all()
+    with pa.OSFile(str(path)) as f: return pa.ipc.open_file(f, options=options).read_all()
+
+def _read_part(part, kinds):
+    "Columns of a lot, `kinds` being name to type; missing values for those that it lacks"
+    fields = [i for i, name in enumerate(_part_schema(part).names) if name in kinds or name == 'fname']
+    table = part.select(fields) if isinstance(part, pa.Table) else _read_fields(part, fields)
     return pa.table({name: _as(table[name], kind) if name in table.column_names else pa.nulls(len(table), kind) for name, kind in kinds.items()})
 
-def _read_keys(path):
+def _read_keys(part):
     "What the second pass needs of a lot; `begins` marks the first row of each file"
-    table = _read_part(path, {'fname': _text, **dict.fromkeys(_key_texts, _text), **dict.fromkeys(_key_numbers, pa.float64())})
+    table = _read_part(part, {'fname': _text, **dict.fromkeys(_key_texts, _text), **dict.fromkeys(_key_numbers, pa.float64())})
     fname = table['fname'].combine_chunks()
     begins = np.concatenate([[True], pc.not_equal(fname[1:], fname[:-1]).to_numpy(zero_copy_only=False)])
     return table.drop_columns('fname').append_column('begins', pa.array(begins))
@@ -218,7 +230,7 @@ def _head_order(keys, rows):
                              kept=frame.img_pct_window.to_numpy()[order] >= MIN_BRAIN))
     return rows[order], computed
 
-# %% ../nbs/11_metadata.ipynb #f9e47856
+# %% ../nbs/11_metadata.ipynb #268a38d3
 ROW_GROUP = 8192  # Rows in memory at a time
 CELLS = 2**17  # Of a few columns in memory at a time, and 4 columns at least
 MAX_COLUMNS = 1000  # Of the frame; a scanner's headers have 60 to 200
@@ -246,7 +258,7 @@ def _column_types(parts):
 
 def _gather(parts, kinds, rows):
     "Some columns at some rows of all lots"
-    table = pa.concat_tables(_read_part(path, kinds) for path in parts).combine_chunks().take(pa.array(rows))
+    table = pa.concat_tables(_read_part(part, kinds) for part in parts).combine_chunks().take(pa.array(rows))
     gaps = {name for name in kinds if table[name].null_count and kinds[name] == pa.int64()}
     return pa.table({name: table[name].cast(pa.float64(), safe=False) if name in gaps else table[name] for name in kinds})
 
@@ -278,7 +290,7 @@ def _write_frame(dest, parts, kinds, rows, index, mend, computed=None):
         if computed is not None: files.append(_put_down(f'{folder}/computed', computed))
         _join(files, dest, index, mend)
 
-# %% ../nbs/11_metadata.ipynb #f5119c2c
+# %% ../nbs/11_metadata.ipynb #1b342db7
 _duplicate = dict(step='order', error='Duplicate', message='the same SOPInstanceUID as in an earlier file')
 
 def _explain(table):
@@ -297,18 +309,20 @@ def _hide_keys(table, salt):
     def hide(column): return pa.array([None if v is None else _hashed(v, salt) for v in column.to_pylist()], _text)
     return pa.table({name: hide(table[name]) if _is_key(name) else table[name] for name in table.column_names})
 
-def _write_frames(parts, metadata_file, errors_file, deidentify=False):
-    "The second and the third pass; the number of slices and of errors"
+def _plan_frames(parts, deidentify=False):
+    "The second pass: of errors and of metadata, what `_write_frame` and `_frame` make them of"
     keys = pa.concat_tables(map(_read_keys, parts))
     rows, errors = _slices_and_errors(keys)
     rows, computed = _head_order(keys, rows)
-    del keys
     mend = partial(_hide_keys, salt=secrets.token_bytes(16)) if deidentify else lambda table: table
-    _write_frame(errors_file, parts, _error_columns, errors, 'fname', _explain)
-    _write_frame(metadata_file, parts, _column_types(parts), rows, 'image', mend, computed)
-    return len(rows), len(errors)
+    return (_error_columns, errors, 'fname', _explain), (_column_types(parts), rows, 'image', mend, computed)
 
-# %% ../nbs/11_metadata.ipynb #77e2955e
+def _frame(parts, kinds, rows, index, mend, computed=None):
+    "What `_write_frame` writes, in memory"
+    table = _gather(parts, kinds, rows)
+    return mend(_side_by_side([table] if computed is None else [table, computed])).to_pandas().set_index(index)
+
+# %% ../nbs/11_metadata.ipynb #4d090827
 def write_metadata(
     source, # A folder, a zip archive, a file, or a list of them
     metadata_file, # Parquet to write: every CT slice, by `image`, in the order of the head
@@ -323,7 +337,9 @@ def write_metadata(
     "Read any number of files into two Parquet files, with little memory, and on from where an interrupted run stopped"
     read = partial(_read_lot, folder=str(lots), keep_phi=keep_phi, max_mb=max_mb)
     parts = list(in_order(read, _lots(find_files(source)), n_workers, executor, 'reading files'))
-    return _write_frames(parts, metadata_file, errors_file, deidentify)
+    plans = _plan_frames(parts, deidentify)
+    for dest, plan in zip((errors_file, metadata_file), plans): _write_frame(dest, parts, *plan)
+    return tuple(len(rows) for _, rows, *_ in reversed(plans))
 
 def read_metadata(
     folder_or_files, # A folder, a zip archive, a file, or a list of them
@@ -332,10 +348,9 @@ def read_metadata(
     keep_phi:bool=False, # Keep names, birth dates, accession numbers and institutions?
     deidentify:bool=False, # Put salted hashes in place of PatientID and UIDs? The paths in `fname` stay as they are
     max_mb:int=MAX_MB, # The most that a file may hold, unpack to or declare, in MiB
-    lots=None, # A folder as for `write_metadata`, needed where workers are on other machines
 )->tuple: # (metadata, errors), two frames by `image` and by `fname`
     "Every CT slice in the files as a row, in the order of the head, and every other file with the reason"
-    with tempfile.TemporaryDirectory() as folder:
-        frames = Path(folder)/'metadata.parquet', Path(folder)/'errors.parquet'
-        write_metadata(folder_or_files, *frames, lots or folder, n_workers, executor, keep_phi, deidentify, max_mb)
-        return tuple(map(pd.read_parquet, frames))
+    read = partial(_read_table, keep_phi=keep_phi, max_mb=max_mb)
+    parts = list(in_order(read, _lots(find_files(folder_or_files)), n_workers, executor, 'reading files'))
+    errors, metadata = (_frame(parts, *plan) for plan in _plan_frames(parts, deidentify))
+    return metadata, errors
