@@ -117,7 +117,7 @@ def ensemble(
 
 COMBINED = dict(two_step=two_step, ensemble=ensemble)
 
-# %% ../nbs/27_run.ipynb #16ae4693
+# %% ../nbs/27_run.ipynb #92b5276e
 def run_recipe(
     run, # A run folder with metadata, labels, split and image store
     recipe, # A name, a `Recipe` or a TOML file
@@ -157,6 +157,7 @@ def _make(run, recipe, seed, resume, minutes, parts, find, track):
     else: first_of_all(lambda: _run_baseline(run, recipe, seed))
 
 def _run_cnn(run, recipe, seed, minutes, track):
+    first_of_all(lambda: open_pictures(run, recipe, Store(run.images)))  # JPEG files are written by one process
     learn = make_learner(run, recipe, seed)
     _train(learn, run, recipe, seed, minutes, track)
     dl = make_loader(learn.dls.store, recipe, learn.dls.bins, labelled_slices(learn.dls.store.index, run.read('split')), recipe.sizes[-1], recipe.batch_sizes[-1])
