@@ -595,7 +595,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'ich_fastai.run': { 'ich_fastai.run._alone_at_work': ('run.html#_alone_at_work', 'ich_fastai/run.py'),
                                 'ich_fastai.run._check_sizes': ('run.html#_check_sizes', 'ich_fastai/run.py'),
                                 'ich_fastai.run._find_lr': ('run.html#_find_lr', 'ich_fastai/run.py'),
-                                'ich_fastai.run._in_time': ('run.html#_in_time', 'ich_fastai/run.py'),
+                                'ich_fastai.run._for_this_device': ('run.html#_for_this_device', 'ich_fastai/run.py'),
                                 'ich_fastai.run._kept_predictions': ('run.html#_kept_predictions', 'ich_fastai/run.py'),
                                 'ich_fastai.run._learned_from': ('run.html#_learned_from', 'ich_fastai/run.py'),
                                 'ich_fastai.run._make': ('run.html#_make', 'ich_fastai/run.py'),

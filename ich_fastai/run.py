@@ -117,7 +117,7 @@ def ensemble(
 
 COMBINED = dict(two_step=two_step, ensemble=ensemble)
 
-# %% ../nbs/27_run.ipynb #92b5276e
+# %% ../nbs/27_run.ipynb #f56bca20
 def run_recipe(
     run, # A run folder with metadata, labels, split and image store
     recipe, # A name, a `Recipe` or a TOML file
@@ -128,7 +128,7 @@ def run_recipe(
     track:str='', # 'tensorboard' or 'wandb': losses and metrics go there too
 )->pd.DataFrame: # Predictions by image: all labelled slices
     "Run a recipe, or read back what it gave, with everything written to `models/<recipe>/<seed>/`"
-    run, recipe = Run(run), _in_time(get_recipe(recipe))
+    run, recipe = Run(run), _for_this_device(get_recipe(recipe))
     folder, parts = run.model(recipe.name, seed), [find(part) for part in recipe.parts]
     if track: pick(track, TRACKERS, 'tracker')
     join_processes()
@@ -137,10 +137,10 @@ def run_recipe(
         if not (folder/'predictions.parquet').exists(): _make(run, recipe, seed, resume, minutes, parts, find, track)
     return _kept_predictions(folder, run)
 
-def _in_time(recipe):
+def _for_this_device(recipe):
     "The recipe in a precision that the device is made for"
     if recipe.precision != 'fp16' or default_device().type != 'cpu': return recipe
-    log.warning('%s: a CPU takes some fifty times longer in fp16, so it trains in %s', recipe.name, precision_on('cpu'))
+    log.warning('%s: a CPU takes thirty times as long in fp16 as in fp32, so it trains in %s', recipe.name, precision_on('cpu'))
     return replace(recipe, precision='auto')
 
 def _alone_at_work(folder):
