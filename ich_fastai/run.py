@@ -28,13 +28,14 @@ from .sequence import StudyNet, cnn_features, series_dls, series_loader, series_
 from .distributed import first_of_all, gather, join_processes, share, shared
 from .bundle import load_bundle, save_bundle
 
-# %% ../nbs/27_run.ipynb #74318ede
+# %% ../nbs/27_run.ipynb #17b3531a
 OURS = ('lr_find.csv', 'history.csv', 'losses.csv', 'result.json', 'checkpoints', 'bundle', 'features', 'tensorboard')
 
 def _open_folder(folder, recipe, resume):
     "Make the model's folder ready, or say why it cannot be"
     kept = folder/'recipe.toml'
-    if kept.exists() and read_recipe(kept) != recipe:
+    begun = any((folder/name).exists() for name in ('checkpoints/last.pt', 'predictions.parquet'))  # Else there is nothing to lose
+    if begun and kept.exists() and read_recipe(kept) != recipe:
         raise CliError(f"{folder} holds another version of '{recipe.name}': give the recipe another name, or delete that folder")
     if not resume and not (folder/'predictions.parquet').exists():
         if (folder/'checkpoints'/'last.pt').exists():
