@@ -28,17 +28,16 @@ from .sequence import StudyNet, cnn_features, series_dls, series_loader, series_
 from .distributed import first_of_all, gather, join_processes, share, shared
 from .bundle import load_bundle, save_bundle
 
-# %% ../nbs/27_run.ipynb #17b3531a
+# %% ../nbs/27_run.ipynb #31f854a3
 OURS = ('lr_find.csv', 'history.csv', 'losses.csv', 'result.json', 'checkpoints', 'bundle', 'features', 'tensorboard')
 
 def _open_folder(folder, recipe, resume):
     "Make the model's folder ready, or say why it cannot be"
-    kept = folder/'recipe.toml'
-    begun = any((folder/name).exists() for name in ('checkpoints/last.pt', 'predictions.parquet'))  # Else there is nothing to lose
-    if begun and kept.exists() and read_recipe(kept) != recipe:
+    kept, done, begun = folder/'recipe.toml', (folder/'predictions.parquet').exists(), (folder/'checkpoints'/'last.pt').exists()
+    if (done or begun) and kept.exists() and read_recipe(kept) != recipe:
         raise CliError(f"{folder} holds another version of '{recipe.name}': give the recipe another name, or delete that folder")
-    if not resume and not (folder/'predictions.parquet').exists():
-        if (folder/'checkpoints'/'last.pt').exists():
+    if not resume and not done:
+        if begun:
             raise CliError(f'{folder} holds a training that was broken off: go on with `--resume` (`resume=True`), or delete that folder to train anew')
         for path in (folder/name for name in OURS):  # What somebody saved there by hand stays
             if path.is_dir(): shutil.rmtree(path)
@@ -53,7 +52,7 @@ def _learned_from(run, recipe, store, seed): # What the result says about the tr
     return dict(n_train=len(rows), n_train_positive=int(rows['any'].sum()), n_train_patients=int(store.index['PatientID'].iloc[chosen].nunique()),
                 n_train_by_label={label: int(rows[label].sum()) for label in LABELS})
 
-# %% ../nbs/27_run.ipynb #46e6654d
+# %% ../nbs/27_run.ipynb #affe10cf
 def _tensorboard(folder):
     from fastai.callback.tensorboard import TensorBoardCallback
     return [TensorBoardCallback(folder/'tensorboard', trace_model=False, log_preds=False)]
@@ -61,7 +60,9 @@ def _tensorboard(folder):
 def _wandb(folder):
     try: import wandb
     except ImportError as e: raise CliError('Weights & Biases is not installed: `pip install wandb`') from e
-    from fastai.callback.wandb import WandbCallback
+    from fastai.callback.wandb import WandbCallback, _format_config
+    try: _format_config(dict(size=64))
+    except TypeError as e: raise CliError('this version of fastai fails at logging to Weights & Biases (its issue 4173): take `tensorboard`, or another version') from e
     wandb.init(project='ich_fastai', name=folder.parent.name, dir=folder, resume='allow', id=f'{folder.parent.name}-{folder.name}', reinit=True)
     return [WandbCallback(log=None, log_preds=False, log_model=False)]
 
