@@ -57,7 +57,7 @@ def _timm_body(arch, channels, size, pretrained):
     except OSError as e: raise CliError(f'no ImageNet weights for {arch} ({str(e).split(".")[0]}): go online, or set `pretrained = false` in the recipe') from e
     return body, body.num_features
 
-# %% ../nbs/22_models.ipynb #e9ddf1b4
+# %% ../nbs/22_models.ipynb #928c87b8
 def simple_nn(channels:int, size:int)->nn.Sequential: # [n, 128, 1, 1] out of [n, channels, size, size]
     "A dense layer of 128 units on all pixels"
     return nn.Sequential(nn.Flatten(), nn.Linear(channels*size*size, 128), nn.ReLU(), nn.Unflatten(1, (128, 1, 1)))
@@ -80,7 +80,20 @@ def create_body_for(
 )->tuple: # (body, how many feature maps it gives)
     "The recipe's network without its head"
     make = _own_body if recipe.arch in OWN else _torchvision_body if recipe.arch in ARCHS else _timm_body
-    return make(recipe.arch, n_channels(recipe), recipe.sizes[-1], pretrained)
+    body, n_features = make(recipe.arch, n_channels(recipe), recipe.sizes[-1], pretrained)
+    _try_out(recipe, body, n_features)
+    return body, n_features
+
+@torch.inference_mode()
+def _try_out(recipe, body, n_features):
+    "Send a blank picture of the smallest size through, before anything is trained"
+    size = min(recipe.sizes)
+    try: maps = body.eval()(torch.zeros(1, n_channels(recipe), size, size))
+    except (RuntimeError, ValueError, AssertionError) as e:
+        raise CliError(f"recipe '{recipe.name}': {recipe.arch} does not take pictures of {size} px ({str(e).splitlines()[0]}): choose other `sizes` or another `arch`") from e
+    finally: body.train()
+    if maps.shape[1] != n_features or maps.ndim != 4:
+        raise CliError(f"recipe '{recipe.name}': {recipe.arch} gives no feature maps, which a head pools: choose a convolutional `arch`")
 
 # %% ../nbs/22_models.ipynb #9f308caf
 PRECISIONS = dict(fp32=None, fp16=torch.float16, bf16=torch.bfloat16)
