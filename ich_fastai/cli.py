@@ -159,34 +159,33 @@ def clean(
         if jpeg: _say(f'{export_jpegs(Store(folder.images), folder.path/"jpeg"):,} JPEG files in {folder.path/"jpeg"}')
         if folder.has('split'): _say(f'next: `ich-train {run} RECIPE` or `ich-compare {run} RECIPE RECIPE`')
 
-# %% ../nbs/50_cli.ipynb #edd2a610
-def _finder(scale, scratch):
-    "From a recipe's name or file to the recipe, made smaller where that is asked"
-    from ich_fastai.recipes import get_recipe, smaller
-    return lambda recipe: smaller(get_recipe(recipe), scale, scratch)
-
-def _longer(recipe, epochs):
-    "`recipe` with `epochs` epochs in each stage, where that is asked"
+# %% ../nbs/50_cli.ipynb #c711d434
+def _finder(scale, scratch, epochs=0):
+    "From a recipe's name or file to the recipe, made smaller where that is asked, with `epochs` epochs in each stage where these are"
     from dataclasses import replace
-    return replace(recipe, epochs=(epochs,)*len(recipe.sizes)) if epochs else recipe
+    from ich_fastai.recipes import get_recipe, smaller
+    def find(recipe):
+        recipe = smaller(get_recipe(recipe), scale, scratch)
+        return replace(recipe, epochs=(epochs,)*len(recipe.sizes)) if epochs else recipe
+    return find
 
 @command
 def train(
     run:str, # The run folder
     recipe:str, # A recipe's name, or the path of a TOML file
-    epochs:int=0, # Epochs in each stage; 0 takes the recipe's
+    epochs:int=0, # Epochs in each stage, its parts' too; 0 takes the recipe's
     seed:int=0, # Of weights and order
     resume:bool=False, # Go on from the last checkpoint of a training that was broken off
     checkpoint_minutes:float=10., # Between two checkpoints within an epoch; each epoch ends with one anyway
     scale:float=1., # Of the recipe's pixels, batches and epochs, for less time: 0.25 is a quarter of each
-    scratch:bool=False, # From random weights, where ImageNet's cannot be fetched?
+    scratch:bool=False, # From random weights, where ImageNet's cannot be fetched? Nothing is frozen then
     track:str='', # 'tensorboard' or 'wandb' (Weights & Biases): losses and metrics go there too
     quiet:bool=False, # No progress bars, no summary
 ):
     "Train one recipe and write its model and predictions into the run folder"
     from ich_fastai.core import Run
-    find, folder, asked = _finder(scale, scratch), Run(run), recipe
-    recipe = _longer(find(recipe), epochs)
+    find, folder, asked = _finder(scale, scratch, epochs), Run(run), recipe
+    recipe = find(recipe)
     from ich_fastai.run import run_recipe
     predictions = run_recipe(folder, recipe, seed=seed, resume=resume, minutes=checkpoint_minutes, find=find, track=track)
     _say(f'{len(predictions):,} predictions in {folder.model(recipe.name, seed)}', f'next: `ich-compare {run} {asked}`')
@@ -196,7 +195,7 @@ def compare(
     run:str, # The run folder
     *recipes:str, # Names of recipes, or paths of TOML files; `all` is every recipe on the list but the demo's
     scale:float=1., # Of every recipe's pixels, batches and epochs, for less time: 0.25 is a quarter of each
-    scratch:bool=False, # From random weights, where ImageNet's cannot be fetched?
+    scratch:bool=False, # From random weights, where ImageNet's cannot be fetched? Nothing is frozen then
     seed:int=0, # Of weights and order, the same for all
     quiet:bool=False, # No progress bars, no summary
 ):

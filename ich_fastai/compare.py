@@ -6,9 +6,10 @@
 __all__ = ['of_kind', 'own_row', 'any_row', 'prevalence', 'sort_board', 'compare', 'summary', 'plot_board', 'plot_training',
            'extremes', 'is_phantom', 'report']
 
-# %% ../nbs/32_compare.ipynb #6ae88814
+# %% ../nbs/32_compare.ipynb #c272811a
 import base64, io, json
 from datetime import date
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,8 @@ from PIL import Image
 from fastcore.script import CliError
 from fastcore.xml import (Body, Br, Caption, Div, Figcaption, Figure, Footer, H1, H2, H3, Head, Header, Html, Img, Main, Meta, P, Pre,
                           Safe, Section, Small, Span, Strong, Style, Table, Tbody, Td, Th, Thead, Title, Tr, to_xml)
-from .core import LABELS, TYPES, Run, write_whole
-from .recipes import Recipe, get_recipe, read_recipe
+from .core import LABELS, TYPES, Run, log, only_one, write_whole
+from .recipes import BUILT, Recipe, get_recipe, read_recipe
 from .labels import check_patients, subset
 from .clean import Store
 from .explore import (PLAIN, pick_series, plot_brain_share, plot_cooccurrence, plot_dropped, plot_headers, plot_labels,
@@ -135,7 +136,7 @@ def sort_board(
     order = board.assign(**keys).sort_values(['_failed', 'board', 'slices', '_group', '_score'], kind='stable')
     return order.drop(columns=list(keys)).reset_index(drop=True)
 
-# %% ../nbs/32_compare.ipynb #1498d8dc
+# %% ../nbs/32_compare.ipynb #fe316c98
 def _resolved(recipes):
     "The recipes meant, each once, bright_pixels first"
     recipes = [get_recipe(r) for r in recipes]
@@ -157,10 +158,13 @@ def compare(
     from ich_fastai.run import run_recipe
     run, recipes = Run(run), _resolved(recipes)
     check_patients(run.read('split'))
+    with only_one(run.path/'models', 'wait until it ends'): return _compare(run, recipes, seed, n, partial(run_recipe, seed=seed, resume=resume, find=find))
+
+def _compare(run, recipes, seed, n, make):
     labels, rows, bright, referenced = run.read('labels'), [], None, set()
     for recipe in recipes:
         try:
-            predictions = run_recipe(run, recipe, seed=seed, resume=resume, find=find)
+            predictions = make(run, recipe)
             if predictions[list(recipe.labels)].isna().any(axis=None):
                 raise CliError('it gave no probabilities: the training split has no slices of its kind')
             if recipe.kind == 'bright_pixels': bright = predictions
@@ -168,8 +172,10 @@ def compare(
             same = recipe.labels, recipe.slices, recipe.min_types
             if same not in referenced: rows += _references(run, recipe, predictions, labels, seed, n)
             referenced.add(same)
-        except CliError as e:
-            rows.append(dict(board='failed', slices='', recipe=recipe.name, kind=recipe.kind, task=recipe.task, seed=seed, error=str(e)))
+        except Exception as e:
+            if not isinstance(e, CliError): log.exception('%s failed in a way that nobody thought of: please report it', recipe.name)
+            error = str(e) if isinstance(e, CliError) else f'{type(e).__name__}: {e}'
+            rows.append(dict(board='failed', slices='', recipe=recipe.name, kind=recipe.kind, task=recipe.task, seed=seed, error=error))
         board = sort_board([dict(error='', accuracy=np.nan, auroc_any=np.nan, test_slices='') | r for r in rows])
         with write_whole(run.path/'leaderboard.csv') as part: board.to_csv(part, index=False)
     if (board.board == 'failed').all(): raise CliError(f'no recipe could be run: {board.error[0]}')
@@ -411,7 +417,7 @@ def _boards(board):
     return Section(H2('Leaderboards'), _inline(plot_board(board), 'AUROC on any by recipe, with 95 % intervals by patient'), *_any_tables(board),
                    P(_note, cls='note'), _cost_table(board), lost, H2('Each on its own task'), *_own_tables(board))
 
-# %% ../nbs/32_compare.ipynb #b175a5e2
+# %% ../nbs/32_compare.ipynb #cb76a642
 def _data(run, store, labels, split):
     "What went in: counts, and the figures of `14_explore`"
     metadata = run.read('metadata')
@@ -453,12 +459,17 @@ def _pictures(store, predictions, labels, cuts):
 
 _facts = dict(device='device', n_train='training slices', n_train_positive='with a bleed', n_train_patients='training patients',
               lr='learning rate', lr_suggested='LR finder suggests', predict_images_per_second='predicts, images a second')
-_for_all = ('name', 'source', 'kind', 'labels', 'slices', 'min_types', 'negatives', 'threshold')  # What concerns a recipe without a network, too
+_for_all = ('name', 'source', 'kind', 'labels', 'threshold')
+_for_sequences = ('reader', 'units', 'layers', 'dense', 'dropout', 'differences', 'headers', 'both_orders', 'batch_sizes', 'epochs', 'optimizer', 'schedule', 'lr', 'lr_decay', 'wd', 'eps')
+
+def _concerns(kind): # What a recipe says that matters, where it is no CNN
+    if kind == 'sequence': return *_for_all, 'parts', *_for_sequences
+    return (*_for_all, 'parts') if kind in BUILT else (*_for_all, 'slices', 'min_types', 'negatives')
 
 def _record(folder, recipe):
-    "The recipe as TOML; of a baseline, without what is said of networks"
+    "The recipe as TOML; without what is said of networks where there is none"
     lines = (folder/'recipe.toml').read_text(encoding='utf-8').splitlines()
-    return '\n'.join(line for line in lines if recipe.kind == 'cnn' or line.startswith(_for_all))
+    return '\n'.join(line for line in lines if recipe.kind == 'cnn' or line.split(' = ')[0] in _concerns(recipe.kind))
 
 def _charts(p, t, recipe, cuts, n):
     "ROC, confusion at both thresholds, calibration"

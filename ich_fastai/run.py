@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OURS', 'TRACKERS', 'COMBINED', 'two_step', 'ensemble', 'run_recipe']
 
-# %% ../nbs/27_run.ipynb #83f033ee
+# %% ../nbs/27_run.ipynb #17d50f7e
 import json, shutil
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
@@ -15,10 +15,10 @@ from time import perf_counter
 import numpy as np
 import pandas as pd
 from fastcore.script import CliError
-from fastai.basics import default_device, num_distrib, set_seed
+from fastai.basics import default_device, get_model, num_distrib, set_seed
 
 from .core import LABELS, Run, first_process, hardware, log, only_one, pick, show_progress, sweep, versions, write_whole
-from .recipes import get_recipe, read_recipe, write_recipe
+from .recipes import get_recipe, parts_of, read_recipe, write_recipe
 from .clean import Store
 from .data import labelled_slices, make_dls, make_loader, open_pictures, prediction_frame, training_slices
 from .models import n_parameters, precision_on
@@ -52,7 +52,7 @@ def _learned_from(run, recipe, store, seed): # What the result says about the tr
     return dict(n_train=len(rows), n_train_positive=int(rows['any'].sum()), n_train_patients=int(store.index['PatientID'].iloc[chosen].nunique()),
                 n_train_by_label={label: int(rows[label].sum()) for label in LABELS})
 
-# %% ../nbs/27_run.ipynb #affe10cf
+# %% ../nbs/27_run.ipynb #225af72a
 def _tensorboard(folder):
     from fastai.callback.tensorboard import TensorBoardCallback
     return [TensorBoardCallback(folder/'tensorboard', trace_model=False, log_preds=False)]
@@ -68,14 +68,14 @@ def _wandb(folder):
 
 TRACKERS = dict(tensorboard=_tensorboard, wandb=_wandb)
 
-def _train(learn, run, recipe, seed, minutes, track, loaders=make_dls):
+def _train(learn, run, recipe, seed, minutes, track, loaders=make_dls, parts=()):
     "The LR finder and the recipe's stages"
     folder = run.model(recipe.name, seed)
     with ExitStack() as quiet:
         quiet.enter_context(learn.no_logging())
         if not show_progress(): quiet.enter_context(learn.no_bar())
         if recipe.schedule == 'one_cycle': first_of_all(lambda: _find_lr(learn, folder/'lr_find.csv', recipe))
-        with shared(learn): train_stages(learn, run, recipe, seed, _suggested(folder), minutes, loaders, TRACKERS[track](folder) if track else [])
+        with shared(learn): train_stages(learn, run, recipe, seed, _suggested(folder), minutes, loaders, TRACKERS[track](folder) if track else [], parts)
 
 def _predict(learn, recipe, dl):
     "Probabilities, and how fast they came"
@@ -95,10 +95,10 @@ def _find_lr(learn, path, recipe):
 
 def _predict_together(model, recipe, dl): return predict(model, recipe, share(dl), gather) if num_distrib() > 1 else predict(model, recipe, dl)
 
-def _network_facts(recipe, learn, folder):
-    history, suggested, model = pd.read_csv(folder/'history.csv'), _suggested(folder), learn.model
-    return dict(device=str(learn.dls.device), arch=recipe.reader if recipe.kind == 'sequence' else recipe.arch, parameters=n_parameters(model), trained_parameters=n_parameters(model, trained=True), pretrained=recipe.pretrained,
-                precision=precision_on(learn.dls.device.type, recipe.precision), lr=recipe.lr or suggested, lr_suggested=suggested, seconds=history['seconds'].sum(),
+def _network_facts(recipe, learn, folder, pretrained):
+    history, suggested, model = pd.read_csv(folder/'history.csv'), _suggested(folder), get_model(learn.model)
+    return dict(device=str(learn.dls.device), arch=recipe.reader if recipe.kind == 'sequence' else recipe.arch, parameters=n_parameters(model), trained_parameters=n_parameters(model, trained=True), pretrained=pretrained,
+                precision=precision_on(learn.dls.device.type, model.precision), lr=recipe.lr or suggested, lr_suggested=suggested, seconds=history['seconds'].sum(),
                 images_per_second=history['images'].sum()/history['train_seconds'].sum())
 
 # %% ../nbs/27_run.ipynb #644a8312
@@ -119,7 +119,7 @@ def ensemble(
 
 COMBINED = dict(two_step=two_step, ensemble=ensemble)
 
-# %% ../nbs/27_run.ipynb #f56bca20
+# %% ../nbs/27_run.ipynb #1defc2a1
 def run_recipe(
     run, # A run folder with metadata, labels, split and image store
     recipe, # A name, a `Recipe` or a TOML file
@@ -130,20 +130,21 @@ def run_recipe(
     track:str='', # 'tensorboard' or 'wandb': losses and metrics go there too
 )->pd.DataFrame: # Predictions by image: all labelled slices
     "Run a recipe, or read back what it gave, with everything written to `models/<recipe>/<seed>/`"
-    run, recipe = Run(run), _for_this_device(get_recipe(recipe))
-    folder, parts = run.model(recipe.name, seed), [find(part) for part in recipe.parts]
+    run, asked = Run(run), get_recipe(recipe)
+    recipe, parts = _for_this_device(asked), parts_of(asked, find)
+    folder = run.model(recipe.name, seed)
     if track: pick(track, TRACKERS, 'tracker')
     join_processes()
     with _alone_at_work(folder):
         first_of_all(lambda: _open_folder(folder, recipe, resume))
-        if not (folder/'predictions.parquet').exists(): _make(run, recipe, seed, resume, minutes, parts, find, track)
+        if not (folder/'predictions.parquet').exists():
+            if recipe != asked: log.warning('%s: a CPU takes thirty times as long in fp16 as in fp32, so it trains in %s', recipe.name, precision_on('cpu'))
+            _make(run, recipe, seed, resume, minutes, parts, find, track)
     return _kept_predictions(folder, run)
 
 def _for_this_device(recipe):
     "The recipe in a precision that the device is made for"
-    if recipe.precision != 'fp16' or default_device().type != 'cpu': return recipe
-    log.warning('%s: a CPU takes thirty times as long in fp16 as in fp32, so it trains in %s', recipe.name, precision_on('cpu'))
-    return replace(recipe, precision='auto')
+    return replace(recipe, precision='auto') if recipe.precision == 'fp16' and default_device().type == 'cpu' else recipe
 
 def _alone_at_work(folder):
     return only_one(folder, 'wait until it ends') if first_process() else nullcontext()
@@ -169,26 +170,26 @@ def _run_cnn(run, recipe, seed, minutes, track):
         learned = _learned_from(run, recipe, store, seed)
         save_bundle(folder/'bundle', learn.model, recipe, bins, recipe.sizes[-1], dict(training=learned, store_size=store.sizes[-1]))
         predictions = prediction_frame(recipe, store.index, run.read('split'), probabilities)
-        _write_result(run, recipe, seed, {**_network_facts(recipe, learn, folder), **facts, **learned}, predictions)
+        _write_result(run, recipe, seed, {**_network_facts(recipe, learn, folder, recipe.pretrained), **facts, **learned}, predictions)
     first_of_all(write)
 
 def _run_sequence(run, recipe, seed, minutes, cnn_folder, track):
     folder, cnn, store = run.model(recipe.name, seed), load_bundle(cnn_folder/'bundle'), Store(run.images)
-    features = cnn_features(cnn_folder, cnn, open_pictures(run, cnn.recipe, store))
+    with only_one(cnn_folder, 'wait until it ends'): features = cnn_features(cnn_folder, cnn, open_pictures(run, cnn.recipe, store))
     headers = header_numbers(run.read('metadata')).reindex(store.index.index) if recipe.headers else pd.DataFrame(index=store.index.index)
     if recipe.headers: features = with_headers(features, headers)
     loaders = partial(series_dls, features=features)
     dls, model = loaders(run, recipe, seed=seed), StudyNet(features.width, recipe)
     model.standardize(features, dls.positions)
     learn = learner_for(dls, model, recipe, folder, lambda model: [list(model.parameters())])
-    _train(learn, run, recipe, seed, minutes, track, loaders)
+    _train(learn, run, recipe, seed, minutes, track, loaders, [cnn_folder])
     series = series_of(store.index, labelled_slices(store.index, run.read('split')))
     probabilities, facts = _predict(learn, recipe, series_loader(features, series, None, recipe.batch_sizes[-1], len(recipe.labels)))
     learned = _learned_from(run, recipe, store, seed)
     about = dict(training=learned, store_size=store.sizes[-1], n_features=features.width, headers=list(headers))
     save_bundle(folder/'bundle', learn.model, recipe, cnn.bins, cnn.size, about, [cnn_folder/'bundle'])
     predictions = prediction_frame(recipe, store.index, run.read('split'), probabilities)
-    _write_result(run, recipe, seed, {**_network_facts(recipe, learn, folder), **facts, **learned}, predictions)
+    _write_result(run, recipe, seed, {**_network_facts(recipe, learn, folder, cnn.recipe.pretrained), **facts, **learned}, predictions, [cnn_folder])
 
 def _run_combined(run, recipe, seed, of_parts, folders):
     folder, told = run.model(recipe.name, seed), of_parts[0].copy()
@@ -197,7 +198,7 @@ def _run_combined(run, recipe, seed, of_parts, folders):
     bundles = [load_bundle(f/'bundle') for f in folders]
     facts = {key: sum(r[key] for r in results) for key in ('parameters', 'seconds')}
     save_bundle(folder/'bundle', None, recipe, [], max(b.size for b in bundles), dict(store_size=bundles[0].extra['store_size']), parts=[f/'bundle' for f in folders])
-    _write_result(run, recipe, seed, dict(parts=[r['name'] for r in results], device=results[0]['device'], **facts), told)
+    _write_result(run, recipe, seed, dict(parts=[r['name'] for r in results], device=results[0]['device'], **facts), told, folders)
 
 def _run_baseline(run, recipe, seed):
     start = perf_counter()
@@ -218,8 +219,8 @@ def _check_sizes(store, recipe):
         size = next(64*2**i for i in range(9) if 64*2**i >= wanted)
         raise CliError(f"recipe '{recipe.name}' wants {wanted} px, the store has {largest} at most: run `ich-clean` with `--size {size}`")
 
-def _write_result(run, recipe, seed, facts, predictions):
+def _write_result(run, recipe, seed, facts, predictions, parts=()):
     folder = run.model(recipe.name, seed)
-    result = dict(name=recipe.name, seed=seed, task=recipe.task, kind=recipe.kind, **facts, marks=fingerprint(run), versions=versions(), hardware=hardware())
+    result = dict(name=recipe.name, seed=seed, task=recipe.task, kind=recipe.kind, **facts, marks=fingerprint(run, parts), versions=versions(), hardware=hardware())
     with write_whole(folder/'result.json') as part: part.write_text(json.dumps(result, indent=1))
     with write_whole(folder/'predictions.parquet') as part: predictions.to_parquet(part)

@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['PART', 'READERS', 'Features', 'cnn_features', 'with_headers', 'series_of', 'Series', 'SeriesLoader', 'series_loader',
-           'with_differences', 'Recurrent', 'Attention', 'Alone', 'StudyNet', 'series_dls']
+           'with_differences', 'Recurrent', 'Attention', 'Alone', 'SliceNorm', 'StudyNet', 'series_dls']
 
-# %% ../nbs/25_sequence.ipynb #3cade4f9
+# %% ../nbs/25_sequence.ipynb #1d2f8659
 import hashlib
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from torch import nn
 from fastcore.script import CliError
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
@@ -136,7 +137,7 @@ def series_loader(
     dl.fake_l.generator = torch.Generator()  # As in `make_loader`
     return dl
 
-# %% ../nbs/25_sequence.ipynb #5107c9cd
+# %% ../nbs/25_sequence.ipynb #1671d6f8
 def _reversed(x, lengths): # [b, t, d], each series from its last slice to its first; the padding stays
     t = torch.arange(x.shape[1], device=x.device)
     at = lengths[:, None] - 1 - t
@@ -190,8 +191,15 @@ class Alone(nn.Module):
 
 READERS = dict(lstm=lambda n, r: Recurrent(nn.LSTM, n, r), gru=lambda n, r: Recurrent(nn.GRU, n, r), attention=Attention, none=Alone)
 
+class SliceNorm(nn.BatchNorm1d):
+    "BatchNorm that takes a slice alone by its running statistics, as one has no deviation"
+    def forward(self, x):
+        alone = self.training and len(x) == 1
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps) if alone else super().forward(x)
+
 class StudyNet(nn.Module):
     "Logits [slices, k] out of features [b, t, d] and lengths [b]: a row for each real slice, one series after the other"
+    precision = 'fp32'  # Small enough
     def __init__(self,
         n_features:int, # d
         recipe:Recipe,
@@ -203,7 +211,7 @@ class StudyNet(nn.Module):
         self.reader = READERS[recipe.reader](n_features*(3 if recipe.differences else 1), recipe)
         layers, n = [], self.reader.n_out
         for units in recipe.dense:
-            layers += [nn.Linear(n, units), nn.BatchNorm1d(units), nn.ReLU(), nn.Dropout(recipe.dropout)]
+            layers += [nn.Linear(n, units), SliceNorm(units), nn.ReLU(), nn.Dropout(recipe.dropout)]
             n = units
         self.dense = nn.Sequential(*layers, nn.Linear(n, n_outputs(recipe)))
 

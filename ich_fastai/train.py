@@ -79,7 +79,7 @@ def learner_metrics(
     def of_logits(metric): return lambda logits, truth: metric(probabilities(torch.from_numpy(logits), recipe).numpy(), truth)
     return L(AccumMetric(of_logits(f), to_np=True, flatten=False, name=name) for name, f in shown.items())
 
-# %% ../nbs/23_train.ipynb #59872476
+# %% ../nbs/23_train.ipynb #294b0cf1
 class LossScale(MixedPrecision):
     "fastai's loss scaling for fp16, on any device; the model runs its own autocast"
     def before_fit(self): self.learn.scaler, self.scales = GradScaler(self.dls.device.type), L()
@@ -102,7 +102,7 @@ def learner_for(
     splitter=None, # A function of the model; body and head where None
 )->Learner:
     "Loaders and a model as a plain fastai Learner, with the recipe's loss, metrics and optimizer"
-    scale = [LossScale()] if precision_on(dls.device.type, recipe.precision) == 'fp16' else []
+    scale = [LossScale()] if precision_on(dls.device.type, model.precision) == 'fp16' else []
     return Learner(dls, model.to(dls.device), loss_func=LabelLoss(recipe), opt_func=optimizer(recipe), lr=recipe.lr or 1e-3, wd=recipe.wd,
                    splitter=splitter or partial(parameter_groups, recipe=recipe), metrics=learner_metrics(recipe), cbs=scale, path=folder/'by_hand')
 
@@ -250,18 +250,21 @@ def memory_errors(
         if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and 'allocate memory' not in str(e): raise
         raise CliError(f'{bs} slices of {size} px do not fit into memory: set `batch_sizes` in the recipe to {max(bs//2, 1)} for that size') from e
 
-# %% ../nbs/23_train.ipynb #e934af73
+# %% ../nbs/23_train.ipynb #64f3639a
 @lru_cache
 def _hash(path, modified):
     frame = pd.read_parquet(path)
     key = str(frame.attrs.get('key')).encode()  # The store's, which stands for its pictures
     return hashlib.blake2b(pd.util.hash_pandas_object(frame).to_numpy().tobytes() + key, digest_size=16).hexdigest()
 
+def _mark(run, name): return _hash(str(run.file(name)), run.file(name).stat().st_mtime_ns)
+
 def fingerprint(
     run:Run,
+    parts=(), # The folders of models that another one builds on
 )->dict: # A hash by frame
-    "What a training depends on: which slices lie in the store, their labels, their split"
-    return {name: _hash(str(run.file(name)), run.file(name).stat().st_mtime_ns) for name in ('index', 'labels', 'split')}
+    "What a training depends on: which slices lie in the store, their labels, their split, and what its parts predict"
+    return {name: _mark(run, name) for name in ('index', 'labels', 'split', *(str(part.relative_to(run.path)/'predictions') for part in parts))}
 
 def _random_state():
     name, keys, *rest = np.random.get_state()
@@ -400,7 +403,7 @@ def fit_stage(
             else: learn.fit(stage.epochs, stage.lr, cbs=[StopOnNaN(), DecayingRate(stage.lr, stage.decay), *cbs])
     except CliError as e: raise CliError(str(e).rsplit('\n\t', 1)[-1]) from e  # Without fastai's "Exception occured in"
 
-# %% ../nbs/23_train.ipynb #c705cbfb
+# %% ../nbs/23_train.ipynb #ba738fc3
 _what = dict(index='the image store', labels='the labels', split='the split')
 
 def same_data(
@@ -409,10 +412,10 @@ def same_data(
     folder, # Of the model, for the message
 ):
     "Refuse to go on with other data than a training began with"
-    try: now = fingerprint(run)
+    try: now = {name: _mark(run, name) for name in marks}
     except OSError as e: raise CliError(f'{printable(e)}: put it back, then go on with `--resume`') from e
     for name, mark in now.items():
-        if marks[name] != mark: raise CliError(f'{_what[name]} of {run.path} changed since this training began: put it back, or delete {folder} to train anew')
+        if marks[name] != mark: raise CliError(f'{_what.get(name, name)} of {run.path} changed since this training began: put it back, or delete {folder} to train anew')
 
 class SameData(Callback):
     "Stop where the run folder's data are exchanged during a training"
@@ -443,12 +446,13 @@ def train_stages(
     minutes:float=10., # Between two checkpoints within an epoch
     loaders=make_dls, # A function with its parameters
     cbs=(), # More callbacks: fastai's for TensorBoard or Weights & Biases
+    parts=(), # The folders of models that this one builds on
 )->Learner: # With the loaders of the last stage
     "Run the recipe's stages, from the last checkpoint on where there is one"
     folder, plan = run.model(recipe.name, seed), stages(recipe, suggested)
     kept, writes = folder/'checkpoints', first_process()
     state = read_checkpoint(kept, learn.dls.device)
-    marks = state['marks'] if state else fingerprint(run)
+    marks = state['marks'] if state else fingerprint(run, parts)
     same_data(run, marks, folder)
     if state and (state['recipe'] != str(recipe) or state['stage'] >= len(plan)): raise CliError(f'{kept} is of another recipe: delete {folder} to train anew')
     if writes: _cut_logs(folder, state)
@@ -469,7 +473,8 @@ def _journal(folder, stage):
     return [History(folder/'history.csv', stage), StepLosses(folder/'losses.csv', stage), *live]
 
 def _last_good(kept):
-    at = read_checkpoint(kept)  # Which looks whether the weights are as they were written
+    try: at = read_checkpoint(kept)  # Which looks whether the weights are as they were written
+    except CliError: return ''  # What went wrong first says more
     return f' (the last good weights: {at["weights"]})' if at else ''
 
 # %% ../nbs/23_train.ipynb #767782b8
