@@ -320,7 +320,7 @@ demo_resnet18 = add(Recipe(
 demo_densenet121 = add(replace(demo_resnet18, name='demo_densenet121', arch='densenet121', epochs=(6, 1)))  # Twice as slow a slice
 demo_alexnet = add(replace(demo_resnet18, name='demo_alexnet', arch='alexnet', lr=1e-3, lr_unfrozen=3e-4, epochs=(12, 2)))  # No BatchNorm: a lower rate, more epochs
 
-# %% ../nbs/02_recipes.ipynb #27c930a4
+# %% ../nbs/02_recipes.ipynb #b0dd6fa0
 def get_recipe(
     recipe, # A name on the list, a `Recipe`, or the path of a TOML file
 )->Recipe:
@@ -361,7 +361,7 @@ def smaller(
     if scratch and recipe.kind in BUILT: recipe = _from_scratch(recipe)
     if scale == 1: return recipe
     def of(values, least, step=1): return tuple(max(least, step*round(v*scale/step)) for v in values)
-    return replace(recipe, name=f'{recipe.name}-{100*scale:.0f}pc', sizes=of(recipe.sizes, 64, 32), batch_sizes=of(recipe.batch_sizes, 8),
+    return replace(recipe, name=f'{recipe.name}-{100*scale:.0f}pc', sizes=of(recipe.sizes, 64, 32), batch_sizes=of(recipe.batch_sizes, 2 if recipe.kind == 'sequence' else 8),
                    epochs=of(recipe.epochs, 1), frozen_epochs=min(recipe.frozen_epochs, max(1, round(recipe.frozen_epochs*scale))))
 
 def _from_scratch(recipe):
