@@ -244,13 +244,16 @@ def cluster(
         except CancelledError as e: raise CliError(f'the scheduler at {address} is gone: start it, then run again, it goes on from here') from e
         finally: client.unsubscribe_topic('all')
 
-# %% ../nbs/00_core.ipynb #13f06e8c
+# %% ../nbs/00_core.ipynb #08bc79ab
 @contextmanager
 def only_one(
     folder, # Made where it is missing
     advice:str, # What to do where another process has it
 ):
-    "Keep other processes that ask for it out of a folder"
+    "Keep other processes that ask for it out of a folder; of processes that were started together the first one asks for all"
+    if not first_process():
+        yield
+        return
     from filelock import FileLock, Timeout
     Path(folder).mkdir(parents=True, exist_ok=True)
     lock = FileLock(Path(folder)/'.lock')

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['join_processes', 'first_of_all', 'gather', 'whole_batch_layers', 'ShareBatches', 'share', 'shared']
 
-# %% ../nbs/25_distributed.ipynb #c6eb3903
+# %% ../nbs/25_distributed.ipynb #ec68d98b
 import os
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import partial
 
 import torch
@@ -21,13 +22,13 @@ from torch import nn
 from .core import first_process
 from .data import SliceLoader
 
-# %% ../nbs/25_distributed.ipynb #9ee3b5e7
+# %% ../nbs/25_distributed.ipynb #ca525d28
 def join_processes()->int: # How many there are
     "Join the processes that `accelerate launch` or `torchrun` started, each on its own device"
     if num_distrib() < 2: return 1
     try: from accelerate import PartialState
     except ImportError: raise CliError("accelerate is not installed: pip install 'ich_fastai[cluster]'") from None
-    PartialState(cpu=not torch.cuda.is_available())
+    PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=7))  # What the first one does alone may take hours
     return num_distrib()
 
 @contextmanager
