@@ -159,21 +159,23 @@ def clean(
         if jpeg: _say(f'{export_jpegs(Store(folder.images), folder.path/"jpeg"):,} JPEG files in {folder.path/"jpeg"}')
         if folder.has('split'): _say(f'next: `ich-train {run} RECIPE` or `ich-compare {run} RECIPE RECIPE`')
 
-# %% ../nbs/50_cli.ipynb #c711d434
-def _finder(scale, scratch, epochs=0):
-    "From a recipe's name or file to the recipe, made smaller where that is asked, with `epochs` epochs in each stage where these are"
-    from dataclasses import replace
+# %% ../nbs/50_cli.ipynb #6e45102c
+def _finder(scale, scratch):
+    "From a recipe's name or file to the recipe, made smaller where that is asked"
     from ich_fastai.recipes import get_recipe, smaller
-    def find(recipe):
-        recipe = smaller(get_recipe(recipe), scale, scratch)
-        return replace(recipe, epochs=(epochs,)*len(recipe.sizes)) if epochs else recipe
-    return find
+    return lambda recipe: smaller(get_recipe(recipe), scale, scratch)
+
+def _with_epochs(recipe, epochs, ending=''):
+    "`recipe` with `epochs` epochs in each stage, where that is asked, and `ending` after its name"
+    from dataclasses import replace
+    from ich_fastai.recipes import BUILT
+    return replace(recipe, name=recipe.name + ending, epochs=(epochs,)*len(recipe.sizes)) if epochs and recipe.kind in BUILT else recipe
 
 @command
 def train(
     run:str, # The run folder
     recipe:str, # A recipe's name, or the path of a TOML file
-    epochs:int=0, # Epochs in each stage, its parts' too; 0 takes the recipe's
+    epochs:int=0, # Epochs in each stage, those of its parts too, which are kept apart from the whole ones; 0 takes the recipe's
     seed:int=0, # Of weights and order
     resume:bool=False, # Go on from the last checkpoint of a training that was broken off
     checkpoint_minutes:float=10., # Between two checkpoints within an epoch; each epoch ends with one anyway
@@ -184,11 +186,13 @@ def train(
 ):
     "Train one recipe and write its model and predictions into the run folder"
     from ich_fastai.core import Run
-    find, folder, asked = _finder(scale, scratch, epochs), Run(run), recipe
-    recipe = find(recipe)
+    whole, folder, asked = _finder(scale, scratch), Run(run), recipe
+    recipe = _with_epochs(whole(recipe), epochs)
+    def find(part): return _with_epochs(whole(part), epochs, f'-{epochs}ep')
     from ich_fastai.run import run_recipe
     predictions = run_recipe(folder, recipe, seed=seed, resume=resume, minutes=checkpoint_minutes, find=find, track=track)
-    _say(f'{len(predictions):,} predictions in {folder.model(recipe.name, seed)}', f'next: `ich-compare {run} {asked}`')
+    options = f' --scale {scale:g}'*(scale != 1) + ' --scratch'*scratch + f' --seed {seed}'*(seed != 0)
+    _say(f'{len(predictions):,} predictions in {folder.model(recipe.name, seed)}', *([] if epochs else [f'next: `ich-compare {run} {asked}{options}`']))
 
 @command
 def compare(
@@ -200,7 +204,7 @@ def compare(
     quiet:bool=False, # No progress bars, no summary
 ):
     "Train each recipe on the same split, and write the leaderboard and one HTML report"
-    from ich_fastai.core import Run
+    from ich_fastai.core import Run, first_process
     from ich_fastai.recipes import recipes as known
     if not recipes: raise CliError('name at least one recipe: `ich-compare RUN RECIPE [RECIPE ...]`')
     if recipes == ('all',): recipes = [name for name in known if not name.startswith('demo_')]
@@ -208,7 +212,7 @@ def compare(
     recipes = [find(r) for r in recipes]
     from ich_fastai.compare import compare as compare_recipes, report, summary
     board = compare_recipes(folder, recipes, seed=seed, find=find)
-    _say(summary(board), f'report: {report(folder)}')
+    if first_process(): _say(summary(board), f'report: {report(folder)}')
 
 # %% ../nbs/50_cli.ipynb #4f510aa5
 _demo_recipes = ('bright_pixels', 'khandelwal_metadata_forest', 'demo_resnet18', 'demo_densenet121', 'demo_alexnet')

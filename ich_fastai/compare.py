@@ -6,7 +6,7 @@
 __all__ = ['of_kind', 'own_row', 'any_row', 'prevalence', 'sort_board', 'compare', 'summary', 'plot_board', 'plot_training',
            'extremes', 'is_phantom', 'report']
 
-# %% ../nbs/32_compare.ipynb #c272811a
+# %% ../nbs/32_compare.ipynb #2e9b1a18
 import base64, io, json
 from datetime import date
 from functools import partial
@@ -19,7 +19,7 @@ from PIL import Image
 from fastcore.script import CliError
 from fastcore.xml import (Body, Br, Caption, Div, Figcaption, Figure, Footer, H1, H2, H3, Head, Header, Html, Img, Main, Meta, P, Pre,
                           Safe, Section, Small, Span, Strong, Style, Table, Tbody, Td, Th, Thead, Title, Tr, to_xml)
-from .core import LABELS, TYPES, Run, log, only_one, write_whole
+from .core import LABELS, TYPES, Run, first_process, log, only_one, write_whole
 from .recipes import BUILT, Recipe, get_recipe, read_recipe
 from .labels import check_patients, subset
 from .clean import Store
@@ -136,7 +136,7 @@ def sort_board(
     order = board.assign(**keys).sort_values(['_failed', 'board', 'slices', '_group', '_score'], kind='stable')
     return order.drop(columns=list(keys)).reset_index(drop=True)
 
-# %% ../nbs/32_compare.ipynb #fe316c98
+# %% ../nbs/32_compare.ipynb #8403cb8a
 def _resolved(recipes):
     "The recipes meant, each once, bright_pixels first"
     recipes = [get_recipe(r) for r in recipes]
@@ -168,15 +168,17 @@ def _compare(run, recipes, seed, n, make):
             if predictions[list(recipe.labels)].isna().any(axis=None):
                 raise CliError('it gave no probabilities: the training split has no slices of its kind')
             if recipe.kind == 'bright_pixels': bright = predictions
-            rows += _rows(run, recipe, predictions, labels, seed, n, bright)
             same = recipe.labels, recipe.slices, recipe.min_types
-            if same not in referenced: rows += _references(run, recipe, predictions, labels, seed, n)
+            new = [*_rows(run, recipe, predictions, labels, seed, n, bright)]
+            if same not in referenced: new += _references(run, recipe, predictions, labels, seed, n)
+            rows += new
             referenced.add(same)
         except Exception as e:
             if not isinstance(e, CliError): log.exception('%s failed in a way that nobody thought of: please report it', recipe.name)
             error = str(e) if isinstance(e, CliError) else f'{type(e).__name__}: {e}'
             rows.append(dict(board='failed', slices='', recipe=recipe.name, kind=recipe.kind, task=recipe.task, seed=seed, error=error))
         board = sort_board([dict(error='', accuracy=np.nan, auroc_any=np.nan, test_slices='') | r for r in rows])
+        if not first_process(): continue
         with write_whole(run.path/'leaderboard.csv') as part: board.to_csv(part, index=False)
     if (board.board == 'failed').all(): raise CliError(f'no recipe could be run: {board.error[0]}')
     return board
@@ -361,7 +363,7 @@ def _top(run, board, names, seed):
     return Header(P('Research use, not a medical device', cls='use'), H1('Bleeding on head CT: ', Span(f'{len(names)} recipes compared')),
                   banner if phantom else '', *[P(s, cls='lead') for s in _findings(board)], P(_weights(run, names, seed)), P(about + intervals))
 
-# %% ../nbs/32_compare.ipynb #3be0f8de
+# %% ../nbs/32_compare.ipynb #89e755c7
 def _figures(rows, columns, caption='', about=('slices',)):
     "A table of the board's `rows`: recipe, what it is `about`, and `columns` (header to the board's column) with their intervals"
     def one(r):
@@ -387,7 +389,7 @@ def _any_tables(board):
 def _cost_table(board):
     rows = board[(board.board == 'any') & (board.slices == 'all') & (board.kind != 'reference')]
     columns = dict(recipe='recipe', task='task', parameters='parameters', seconds='training seconds', images_per_second='images a second')
-    return _table(rows[list(columns)].rename(columns=columns).to_dict('records'), 'what it costs', ('recipe', 'task'))
+    return _table(rows[list(columns)].rename(columns=columns).to_dict('records'), 'what it costs; of a sequence, on top of its CNN', ('recipe', 'task'))
 
 _by_label = dict(auroc='AUROC', recall='recall', precision='precision', mse='MSE')
 
@@ -417,7 +419,7 @@ def _boards(board):
     return Section(H2('Leaderboards'), _inline(plot_board(board), 'AUROC on any by recipe, with 95 % intervals by patient'), *_any_tables(board),
                    P(_note, cls='note'), _cost_table(board), lost, H2('Each on its own task'), *_own_tables(board))
 
-# %% ../nbs/32_compare.ipynb #cb76a642
+# %% ../nbs/32_compare.ipynb #272ef9ef
 def _data(run, store, labels, split):
     "What went in: counts, and the figures of `14_explore`"
     metadata = run.read('metadata')
@@ -460,11 +462,12 @@ def _pictures(store, predictions, labels, cuts):
 _facts = dict(device='device', n_train='training slices', n_train_positive='with a bleed', n_train_patients='training patients',
               lr='learning rate', lr_suggested='LR finder suggests', predict_images_per_second='predicts, images a second')
 _for_all = ('name', 'source', 'kind', 'labels', 'threshold')
-_for_sequences = ('reader', 'units', 'layers', 'dense', 'dropout', 'differences', 'headers', 'both_orders', 'batch_sizes', 'epochs', 'optimizer', 'schedule', 'lr', 'lr_decay', 'wd', 'eps')
+_for_sequences = ('reader', 'units', 'layers', 'dense', 'dropout', 'softmax', 'differences', 'headers', 'both_orders', 'batch_sizes', 'epochs', 'frozen_epochs', 'optimizer', 'schedule', 'lr', 'lr_unfrozen', 'lr_decay', 'wd', 'eps')
 
 def _concerns(kind): # What a recipe says that matters, where it is no CNN
     if kind == 'sequence': return *_for_all, 'parts', *_for_sequences
-    return (*_for_all, 'parts') if kind in BUILT else (*_for_all, 'slices', 'min_types', 'negatives')
+    if kind in BUILT: return *_for_all, 'parts'
+    return *_for_all, 'slices', 'min_types', 'negatives', *(('view', 'windows', 'sizes') if kind.startswith('pca') else ())
 
 def _record(folder, recipe):
     "The recipe as TOML; without what is said of networks where there is none"

@@ -7,7 +7,7 @@ __all__ = ['ARCHS', 'OWN', 'PRECISIONS', 'HEADS', 'weights_file', 'simple_nn', '
            'Net', 'n_outputs', 'probabilities', 'create_model', 'n_parameters', 'n_statistics', 'parameter_groups',
            'save_weights', 'load_weights']
 
-# %% ../nbs/22_models.ipynb #cb9f62b5
+# %% ../nbs/22_models.ipynb #62024912
 from functools import lru_cache
 from urllib.error import URLError
 from pathlib import Path
@@ -21,15 +21,14 @@ from fastcore.foundation import L
 from fastcore.script import CliError
 from fastai.layers import flatten_model
 from fastai.torch_core import params
-from fastai.callback.hook import num_features_model
 from fastai.vision.learner import add_head, create_body, create_head, model_meta
 
 from .core import pick, write_whole
 from .recipes import Recipe, get_recipe
 from .data import n_channels
 
-# %% ../nbs/22_models.ipynb #42beeaa2
-_other = ('vit', 'swin', 'maxvit', 'inception', 'googlenet', 'mobilenet_v2', 'mnasnet')
+# %% ../nbs/22_models.ipynb #f3150c33
+_other = ('vit', 'swin', 'maxvit', 'inception', 'googlenet', 'mobilenet_v2', 'mnasnet', 'shufflenet')
 ARCHS = tuple(name for name in torchvision.models.list_models(module=torchvision.models) if not name.startswith(_other))
 
 def weights_file(
@@ -47,17 +46,15 @@ def _torchvision_model(arch, pretrained):
 
 def _torchvision_body(arch, channels, size, pretrained):
     cut = model_meta.get(getattr(torchvision.models, arch), {}).get('cut')
-    body = create_body(_torchvision_model(arch, pretrained), channels, pretrained, cut)
-    return body, num_features_model(nn.Sequential(*body.children()))
+    return create_body(_torchvision_model(arch, pretrained), channels, pretrained, cut)
 
 def _timm_body(arch, channels, size, pretrained):
     import timm
     if not timm.is_model(arch): pick(arch, [*OWN, *ARCHS, *timm.list_models()], 'arch')
-    try: body = timm.create_model(arch, pretrained=pretrained, in_chans=channels, num_classes=0, global_pool='')
+    try: return timm.create_model(arch, pretrained=pretrained, in_chans=channels, num_classes=0, global_pool='')
     except OSError as e: raise CliError(f'no ImageNet weights for {arch} ({str(e).split(".")[0]}): go online, or set `pretrained = false` in the recipe') from e
-    return body, body.num_features
 
-# %% ../nbs/22_models.ipynb #928c87b8
+# %% ../nbs/22_models.ipynb #386c346f
 def simple_nn(channels:int, size:int)->nn.Sequential: # [n, 128, 1, 1] out of [n, channels, size, size]
     "A dense layer of 128 units on all pixels"
     return nn.Sequential(nn.Flatten(), nn.Linear(channels*size*size, 128), nn.ReLU(), nn.Unflatten(1, (128, 1, 1)))
@@ -72,7 +69,7 @@ OWN = dict(simple_nn=simple_nn, deep_cnn=deep_cnn)
 
 def _own_body(arch, channels, size, pretrained):
     if pretrained: raise CliError(f"there are no ImageNet weights for {arch}: set `pretrained = false` in the recipe")
-    return OWN[arch](channels, size), 128
+    return OWN[arch](channels, size)
 
 def create_body_for(
     recipe:Recipe,
@@ -80,20 +77,19 @@ def create_body_for(
 )->tuple: # (body, how many feature maps it gives)
     "The recipe's network without its head"
     make = _own_body if recipe.arch in OWN else _torchvision_body if recipe.arch in ARCHS else _timm_body
-    body, n_features = make(recipe.arch, n_channels(recipe), recipe.sizes[-1], pretrained)
-    _try_out(recipe, body, n_features)
-    return body, n_features
+    body = make(recipe.arch, n_channels(recipe), recipe.sizes[-1], pretrained)
+    return body, {_n_maps(recipe, body, size) for size in {*recipe.sizes}}.pop()
 
 @torch.inference_mode()
-def _try_out(recipe, body, n_features):
-    "Send a blank picture of the smallest size through, before anything is trained"
-    size = min(recipe.sizes)
+def _n_maps(recipe, body, size):
+    "What comes out of a blank picture, or an error before anything is trained"
     try: maps = body.eval()(torch.zeros(1, n_channels(recipe), size, size))
     except (RuntimeError, ValueError, AssertionError) as e:
         raise CliError(f"recipe '{recipe.name}': {recipe.arch} does not take pictures of {size} px ({str(e).splitlines()[0]}): choose other `sizes` or another `arch`") from e
     finally: body.train()
-    if maps.shape[1] != n_features or maps.ndim != 4:
+    if maps.ndim != 4 or maps.shape[2] != maps.shape[3]:  # Transformers give tokens, or have their channels last
         raise CliError(f"recipe '{recipe.name}': {recipe.arch} gives no feature maps, which a head pools: choose a convolutional `arch`")
+    return maps.shape[1]
 
 # %% ../nbs/22_models.ipynb #9f308caf
 PRECISIONS = dict(fp32=None, fp16=torch.float16, bf16=torch.bfloat16)

@@ -13,10 +13,9 @@ __all__ = ['BUILT', 'recipes', 'khandelwal_resnet18', 'khandelwal_resnet18_scrat
            'winners_cnn', 'winners_gru', 'demo_resnet18', 'demo_densenet121', 'demo_alexnet', 'Recipe', 'write_recipe',
            'read_recipe', 'add', 'get_recipe', 'parts_of', 'smaller']
 
-# %% ../nbs/02_recipes.ipynb #b5f5e150
+# %% ../nbs/02_recipes.ipynb #b6e6d4e7
 import tomllib
 from dataclasses import dataclass, asdict, fields, replace
-from math import inf
 from pathlib import Path
 
 from fastcore.script import CliError
@@ -84,7 +83,7 @@ class Recipe:
     def task(self)->str: # 'binary' (any alone), 'types' (the five) or 'multilabel' (all six, or others)
         return {('any',): 'binary', TYPES: 'types'}.get(self.labels, 'multilabel')
 
-# %% ../nbs/02_recipes.ipynb #652f12e4
+# %% ../nbs/02_recipes.ipynb #e83828f4
 BUILT = 'cnn', 'sequence', 'two_step', 'ensemble'  # Kinds with a bundle; the others are baselines
 _choices = dict(kind=(*BUILT, 'metadata_forest', 'bright_pixels', 'pca_logistic', 'pca_forest'),
                 slices=('all', 'bleeding'), view=('hist', 'windows', 'neighbors', 'jpeg'), head=('fastai', 'linear', 'petkov', 'qiu'),
@@ -116,10 +115,10 @@ def _check(r):
     for key, (low, high) in _of_each.items(): need(all(_is(v, int) and low <= v <= high for v in getattr(r, key)), f'{key} must be whole numbers from {low} to {high}, not {getattr(r, key)!r}')
     need(r.arch not in ('simple_nn', 'deep_cnn') or len(set(r.sizes)) == 1, f'sizes must be alike for {r.arch}, whose dense layer counts the pixels, not {r.sizes!r}')
     need(r.schedule != 'flat' or r.lr > 0, "lr must be above 0 for schedule 'flat', as the LR finder belongs to one-cycle")
-    parts = dict(sequence=1, two_step=2, ensemble=max(len(r.parts), 2)).get(r.kind, 0)
-    need(len(r.parts) == parts and all(_is(p, str) for p in r.parts), f"parts must name {parts or 'no'} recipe{'s'*(parts != 1)} for kind '{r.kind}', not {r.parts!r}")
+    few, many, called = dict(sequence=(1, 1, 'one recipe'), two_step=(2, 2, 'two recipes'), ensemble=(2, 1000, 'two recipes or more')).get(r.kind, (0, 0, 'no recipe'))
+    need(few <= len(r.parts) <= many and all(_is(p, str) for p in r.parts), f"parts must name {called} for kind '{r.kind}', not {r.parts!r}")
     need(len(set(r.parts)) == len(r.parts), f'parts must name each recipe once, not {r.parts!r}')
-    need(not r.softmax or len(r.labels) == 1 or r.slices == 'bleeding', "softmax over several labels wants slices = 'bleeding': each slice has one of them")
+    need(not r.softmax or len(r.labels) == 1 or r.slices == 'bleeding' and {*r.labels} == {*TYPES}, "softmax over several labels wants the five types and slices = 'bleeding': each slice has one of them")
     need(r.kind != 'sequence' or (r.slices, r.min_types, r.negatives) == ('all', 1, 0), "a sequence learns from all slices: leave slices, min_types and negatives out")
     need(r.kind != 'sequence' or r.precision in ('auto', 'fp32'), f"precision must be 'auto' or 'fp32' for a sequence, which computes in float32, not {r.precision!r}")
     need(r.name.replace('_', '').replace('-', '').isalnum(), 'its name may have letters, digits, _ and - alone')
@@ -320,7 +319,7 @@ demo_resnet18 = add(Recipe(
 demo_densenet121 = add(replace(demo_resnet18, name='demo_densenet121', arch='densenet121', epochs=(6, 1)))  # Twice as slow a slice
 demo_alexnet = add(replace(demo_resnet18, name='demo_alexnet', arch='alexnet', lr=1e-3, lr_unfrozen=3e-4, epochs=(12, 2)))  # No BatchNorm: a lower rate, more epochs
 
-# %% ../nbs/02_recipes.ipynb #b0dd6fa0
+# %% ../nbs/02_recipes.ipynb #f49776b0
 def get_recipe(
     recipe, # A name on the list, a `Recipe`, or the path of a TOML file
 )->Recipe:
@@ -334,7 +333,7 @@ def parts_of(
     find=get_recipe, # A function from the name of a part to its recipe
     within=(), # The names of the recipes that build on this one
 )->list: # Of recipes
-    "The recipes that `recipe` builds on, down to the last; an error where they do not fit"
+    "The recipes that `recipe` names as its parts; an error where they, or theirs, do not fit"
     def need(ok, message):
         if not ok: raise CliError(f"recipe '{recipe.name}': {message}")
     need(recipe.name not in within, f"it builds on itself ({' on '.join([*within, recipe.name])}): name other parts")
@@ -344,7 +343,7 @@ def parts_of(
         fit = ('cnn',) if recipe.kind == 'sequence' else BUILT
         need(part.kind in fit, f"part '{part.name}' is of kind '{part.kind}': it must be {' or '.join(fit)}")
     if recipe.kind == 'two_step':
-        need('any' in parts[0].labels, f"its first part must predict any, which '{parts[0].name}' does not")
+        need('any' in parts[0].labels and parts[0].slices == 'all', f"its first part must learn any from all slices, which '{parts[0].name}' does not")
         need(parts[1].slices == 'bleeding' and {*TYPES} <= {*parts[1].labels}, f"its second part must learn the five types from bleeding slices, which '{parts[1].name}' does not")
     if recipe.kind == 'ensemble':
         said = [label for label in LABELS if any(label in part.labels for part in parts)]
@@ -360,12 +359,12 @@ def smaller(
     if not 0.01 <= scale <= 1: raise CliError(f'scale must be 0.01 to 1, not {scale:g}')
     if scratch and recipe.kind in BUILT: recipe = _from_scratch(recipe)
     if scale == 1: return recipe
-    def of(values, least, step=1): return tuple(max(least, step*round(v*scale/step)) for v in values)
-    return replace(recipe, name=f'{recipe.name}-{100*scale:.0f}pc', sizes=of(recipe.sizes, 64, 32), batch_sizes=of(recipe.batch_sizes, 2 if recipe.kind == 'sequence' else 8),
+    def of(values, least, step=1): return tuple(min(v, max(least, step*round(v*scale/step))) for v in values)
+    return replace(recipe, name=f'{recipe.name}-{100*scale:g}pc'.replace('.', '_'), sizes=of(recipe.sizes, 64, 32), batch_sizes=of(recipe.batch_sizes, 2 if recipe.kind == 'sequence' else 8),
                    epochs=of(recipe.epochs, 1), frozen_epochs=min(recipe.frozen_epochs, max(1, round(recipe.frozen_epochs*scale))))
 
 def _from_scratch(recipe):
-    "Random weights have nothing worth freezing, and rates that were told for a frozen body are asked of the LR finder"
-    rates = dict(lr=0., lr_unfrozen=0.) if recipe.frozen_epochs else {}
+    "Random weights have nothing worth freezing, and a one-cycle whose rate was told for a frozen body asks the LR finder"
+    rates = dict(lr=0., lr_unfrozen=0.) if recipe.schedule == 'one_cycle' and (recipe.frozen_epochs or recipe.frozen) else {}
     epochs = (recipe.frozen_epochs + recipe.epochs[0], *recipe.epochs[1:])
     return replace(recipe, name=f'{recipe.name}-scratch', pretrained=False, frozen='', frozen_epochs=0, epochs=epochs, **rates)

@@ -5,19 +5,19 @@
 # %% auto #0
 __all__ = ['OURS', 'TRACKERS', 'COMBINED', 'two_step', 'ensemble', 'run_recipe']
 
-# %% ../nbs/27_run.ipynb #17d50f7e
+# %% ../nbs/27_run.ipynb #aa8a7fc0
 import json, shutil
-from contextlib import ExitStack, nullcontext
-from dataclasses import replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, replace
 from functools import partial
 from time import perf_counter
 
 import numpy as np
 import pandas as pd
 from fastcore.script import CliError
-from fastai.basics import default_device, get_model, num_distrib, set_seed
+from fastai.basics import default_device, get_model, num_distrib, replacing_yield, set_seed
 
-from .core import LABELS, Run, first_process, hardware, log, only_one, pick, show_progress, sweep, versions, write_whole
+from .core import LABELS, Run, hardware, log, only_one, pick, show_progress, sweep, versions, write_whole
 from .recipes import get_recipe, parts_of, read_recipe, write_recipe
 from .clean import Store
 from .data import labelled_slices, make_dls, make_loader, open_pictures, prediction_frame, training_slices
@@ -28,43 +28,46 @@ from .sequence import StudyNet, cnn_features, series_dls, series_loader, series_
 from .distributed import first_of_all, gather, join_processes, share, shared
 from .bundle import load_bundle, save_bundle
 
-# %% ../nbs/27_run.ipynb #31f854a3
+# %% ../nbs/27_run.ipynb #97741360
 OURS = ('lr_find.csv', 'history.csv', 'losses.csv', 'result.json', 'checkpoints', 'bundle', 'features', 'tensorboard')
 
-def _open_folder(folder, recipe, resume):
+def _open_folder(folder, asked, recipe, resume):
     "Make the model's folder ready, or say why it cannot be"
     kept, done, begun = folder/'recipe.toml', (folder/'predictions.parquet').exists(), (folder/'checkpoints'/'last.pt').exists()
-    if (done or begun) and kept.exists() and read_recipe(kept) != recipe:
+    either = asked, replace(asked, precision='auto' if asked.precision == 'fp16' else asked.precision)  # Of a GPU, and of a CPU
+    if (done or begun) and kept.exists() and read_recipe(kept) not in either:
         raise CliError(f"{folder} holds another version of '{recipe.name}': give the recipe another name, or delete that folder")
-    if not resume and not done:
-        if begun:
-            raise CliError(f'{folder} holds a training that was broken off: go on with `--resume` (`resume=True`), or delete that folder to train anew')
-        for path in (folder/name for name in OURS):  # What somebody saved there by hand stays
-            if path.is_dir(): shutil.rmtree(path)
-            else: path.unlink(missing_ok=True)
+    if begun and not (done or resume):
+        raise CliError(f'{folder} holds a training that was broken off: go on with `--resume` (`resume=True`), or delete that folder to train anew')
     sweep(folder)
+    if done: return
+    for path in (folder/name for name in OURS if not begun):  # What somebody saved there by hand stays
+        if path.is_dir(): shutil.rmtree(path)
+        else: path.unlink(missing_ok=True)
     write_recipe(recipe, kept)
 
-def _learned_from(run, recipe, store, seed): # What the result says about the training data
-    labels = run.read('labels')
-    chosen = training_slices(recipe, store.index, labels, run.read('split'), seed)
-    rows = labels.loc[store.index.index[chosen]]
+def _learned_from(run, store, chosen): # What the result says about the training data
+    rows = run.read('labels').loc[store.index.index[chosen]]
     return dict(n_train=len(rows), n_train_positive=int(rows['any'].sum()), n_train_patients=int(store.index['PatientID'].iloc[chosen].nunique()),
                 n_train_by_label={label: int(rows[label].sum()) for label in LABELS})
 
-# %% ../nbs/27_run.ipynb #225af72a
-def _tensorboard(folder):
+def _training_facts(run, recipe, store, seed): return _learned_from(run, store, training_slices(recipe, store.index, run.read('labels'), run.read('split'), seed))
+
+# %% ../nbs/27_run.ipynb #1cca483b
+def _tensorboard(folder, recipe):
     from fastai.callback.tensorboard import TensorBoardCallback
     return [TensorBoardCallback(folder/'tensorboard', trace_model=False, log_preds=False)]
 
-def _wandb(folder):
+def _wandb(folder, recipe):
     try: import wandb
     except ImportError as e: raise CliError('Weights & Biases is not installed: `pip install wandb`') from e
-    from fastai.callback.wandb import WandbCallback, _format_config
-    try: _format_config(dict(size=64))
-    except TypeError as e: raise CliError('this version of fastai fails at logging to Weights & Biases (its issue 4173): take `tensorboard`, or another version') from e
-    wandb.init(project='ich_fastai', name=folder.parent.name, dir=folder, resume='allow', id=f'{folder.parent.name}-{folder.name}', reinit=True)
-    return [WandbCallback(log=None, log_preds=False, log_model=False)]
+    from fastai.callback.wandb import WandbCallback
+    class Wandb(WandbCallback):
+        "Without fastai's description of the Learner, at which 2.8.12 fails (its issue 4173): the recipe is told in its place"
+        def before_fit(self):
+            with contextmanager(replacing_yield)(self.learn, 'gather_args', dict): super().before_fit()
+    wandb.init(project='ich_fastai', name=folder.parent.name, config=asdict(recipe), dir=folder, resume='allow', id=f'{folder.parent.name}-{folder.name}', reinit=True)
+    return [Wandb(log=None, log_preds=False, log_model=False)]
 
 TRACKERS = dict(tensorboard=_tensorboard, wandb=_wandb)
 
@@ -75,7 +78,7 @@ def _train(learn, run, recipe, seed, minutes, track, loaders=make_dls, parts=())
         quiet.enter_context(learn.no_logging())
         if not show_progress(): quiet.enter_context(learn.no_bar())
         if recipe.schedule == 'one_cycle': first_of_all(lambda: _find_lr(learn, folder/'lr_find.csv', recipe))
-        with shared(learn): train_stages(learn, run, recipe, seed, _suggested(folder), minutes, loaders, TRACKERS[track](folder) if track else [], parts)
+        with shared(learn): train_stages(learn, run, recipe, seed, _suggested(folder), minutes, loaders, TRACKERS[track](folder, recipe) if track else [], parts)
 
 def _predict(learn, recipe, dl):
     "Probabilities, and how fast they came"
@@ -119,7 +122,7 @@ def ensemble(
 
 COMBINED = dict(two_step=two_step, ensemble=ensemble)
 
-# %% ../nbs/27_run.ipynb #1defc2a1
+# %% ../nbs/27_run.ipynb #b4998e7c
 def run_recipe(
     run, # A run folder with metadata, labels, split and image store
     recipe, # A name, a `Recipe` or a TOML file
@@ -135,8 +138,8 @@ def run_recipe(
     folder = run.model(recipe.name, seed)
     if track: pick(track, TRACKERS, 'tracker')
     join_processes()
-    with _alone_at_work(folder):
-        first_of_all(lambda: _open_folder(folder, recipe, resume))
+    with only_one(folder, 'wait until it ends'):
+        first_of_all(lambda: _open_folder(folder, asked, recipe, resume))
         if not (folder/'predictions.parquet').exists():
             if recipe != asked: log.warning('%s: a CPU takes thirty times as long in fp16 as in fp32, so it trains in %s', recipe.name, precision_on('cpu'))
             _make(run, recipe, seed, resume, minutes, parts, find, track)
@@ -146,11 +149,8 @@ def _for_this_device(recipe):
     "The recipe in a precision that the device is made for"
     return replace(recipe, precision='auto') if recipe.precision == 'fp16' and default_device().type == 'cpu' else recipe
 
-def _alone_at_work(folder):
-    return only_one(folder, 'wait until it ends') if first_process() else nullcontext()
-
 def _make(run, recipe, seed, resume, minutes, parts, find, track):
-    _check_sizes(Store(run.images), recipe)
+    for one in (recipe, *parts): _check_sizes(Store(run.images), one)
     of_parts = [run_recipe(run, part, seed, resume, minutes, find, track) for part in parts]
     folders = [run.model(part.name, seed) for part in parts]
     set_seed(seed)
@@ -167,7 +167,7 @@ def _run_cnn(run, recipe, seed, minutes, track):
     probabilities, facts = _predict(learn, recipe, dl)
     def write():
         store, bins, folder = learn.dls.store, learn.dls.bins, run.model(recipe.name, seed)
-        learned = _learned_from(run, recipe, store, seed)
+        learned = _training_facts(run, recipe, store, seed)
         save_bundle(folder/'bundle', learn.model, recipe, bins, recipe.sizes[-1], dict(training=learned, store_size=store.sizes[-1]))
         predictions = prediction_frame(recipe, store.index, run.read('split'), probabilities)
         _write_result(run, recipe, seed, {**_network_facts(recipe, learn, folder, recipe.pretrained), **facts, **learned}, predictions)
@@ -185,7 +185,7 @@ def _run_sequence(run, recipe, seed, minutes, cnn_folder, track):
     _train(learn, run, recipe, seed, minutes, track, loaders, [cnn_folder])
     series = series_of(store.index, labelled_slices(store.index, run.read('split')))
     probabilities, facts = _predict(learn, recipe, series_loader(features, series, None, recipe.batch_sizes[-1], len(recipe.labels)))
-    learned = _learned_from(run, recipe, store, seed)
+    learned = _learned_from(run, store, dls.positions)
     about = dict(training=learned, store_size=store.sizes[-1], n_features=features.width, headers=list(headers))
     save_bundle(folder/'bundle', learn.model, recipe, cnn.bins, cnn.size, about, [cnn_folder/'bundle'])
     predictions = prediction_frame(recipe, store.index, run.read('split'), probabilities)
@@ -203,7 +203,7 @@ def _run_combined(run, recipe, seed, of_parts, folders):
 def _run_baseline(run, recipe, seed):
     start = perf_counter()
     predictions = BASELINES[recipe.kind](run, recipe, seed)
-    facts = dict(seconds=perf_counter() - start, device='cpu', **_learned_from(run, recipe, Store(run.images), seed))
+    facts = dict(seconds=perf_counter() - start, device='cpu', **_training_facts(run, recipe, Store(run.images), seed))
     _write_result(run, recipe, seed, facts, predictions)
 
 def _kept_predictions(folder, run):

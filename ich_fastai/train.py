@@ -238,17 +238,18 @@ class LiveFigure(Callback):
         if self.shown: self.shown.update(figure)
         else: self.shown = display(figure, display_id=True)
 
-# %% ../nbs/23_train.ipynb #9ef0d259
+# %% ../nbs/23_train.ipynb #4f8fbde1
 @contextmanager
 def memory_errors(
-    bs:int, # Slices in a batch
+    bs:int, # Slices in a batch, or series
     size:int, # Pixels
 ):
     "Turn the errors of full memory, GPU or CPU, into a `CliError`"
     try: yield
     except (MemoryError, RuntimeError) as e:  # torch.OutOfMemoryError is a RuntimeError
         if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and 'allocate memory' not in str(e): raise
-        raise CliError(f'{bs} slices of {size} px do not fit into memory: set `batch_sizes` in the recipe to {max(bs//2, 1)} for that size') from e
+        mend = f'set `batch_sizes` in the recipe to {bs//2} for that size' if bs > 3 else 'take smaller `sizes`'
+        raise CliError(f'a batch of {bs} at {size} px does not fit into memory: {mend}') from e
 
 # %% ../nbs/23_train.ipynb #64f3639a
 @lru_cache
@@ -403,7 +404,7 @@ def fit_stage(
             else: learn.fit(stage.epochs, stage.lr, cbs=[StopOnNaN(), DecayingRate(stage.lr, stage.decay), *cbs])
     except CliError as e: raise CliError(str(e).rsplit('\n\t', 1)[-1]) from e  # Without fastai's "Exception occured in"
 
-# %% ../nbs/23_train.ipynb #ba738fc3
+# %% ../nbs/23_train.ipynb #139bf786
 _what = dict(index='the image store', labels='the labels', split='the split')
 
 def same_data(
@@ -413,7 +414,7 @@ def same_data(
 ):
     "Refuse to go on with other data than a training began with"
     try: now = {name: _mark(run, name) for name in marks}
-    except OSError as e: raise CliError(f'{printable(e)}: put it back, then go on with `--resume`') from e
+    except OSError as e: raise CliError(f'{printable(e)}: put it back, or delete {folder} to train anew') from e
     for name, mark in now.items():
         if marks[name] != mark: raise CliError(f'{_what.get(name, name)} of {run.path} changed since this training began: put it back, or delete {folder} to train anew')
 
