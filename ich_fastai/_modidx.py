@@ -147,6 +147,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'ich_fastai.core.cluster': ('core.html#cluster', 'ich_fastai/core.py'),
                                  'ich_fastai.core.disk_errors': ('core.html#disk_errors', 'ich_fastai/core.py'),
                                  'ich_fastai.core.first_process': ('core.html#first_process', 'ich_fastai/core.py'),
+                                 'ich_fastai.core.give_back_memory': ('core.html#give_back_memory', 'ich_fastai/core.py'),
                                  'ich_fastai.core.hardware': ('core.html#hardware', 'ich_fastai/core.py'),
                                  'ich_fastai.core.in_order': ('core.html#in_order', 'ich_fastai/core.py'),
                                  'ich_fastai.core.keep_freed_memory': ('core.html#keep_freed_memory', 'ich_fastai/core.py'),

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LABELS', 'TYPES', 'Window', 'WINDOWS', 'log', 'pick', 'printable', 'disk_errors', 'write_whole', 'sweep',
            'first_process', 'show_progress', 'progress', 'ahead', 'in_order', 'hardware', 'versions',
-           'keep_freed_memory', 'keep_memory_in_dask', 'cluster', 'only_one', 'Run']
+           'keep_freed_memory', 'give_back_memory', 'keep_memory_in_dask', 'cluster', 'only_one', 'Run']
 
 # %% ../nbs/00_core.ipynb #219b6a56
 import errno, json, logging, os, platform, re, secrets
@@ -185,7 +185,7 @@ def versions(
         except PackageNotFoundError: return 'not installed'
     return {'python': platform.python_version(), **{p: one(p) for p in packages}}
 
-# %% ../nbs/00_core.ipynb #9fd46177
+# %% ../nbs/00_core.ipynb #8d8e351d
 @lru_cache(None)
 def keep_freed_memory(
     trim:int=2047, # MiB that may lie free at the end of the heap
@@ -196,6 +196,13 @@ def keep_freed_memory(
     try: mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError): return False
     return bool(mallopt(-1, trim << 20) and (mallopt(-3, largest << 20) or mallopt(-3, 32 << 20)))  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD; old versions allow 32 MiB
+
+def give_back_memory():
+    "Free what nothing refers to any more but itself, and have glibc give back what it kept: between two trainings, say"
+    import ctypes, gc
+    gc.collect()
+    try: ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError, TypeError): return  # Only glibc has it, and only it kept something
 
 # %% ../nbs/00_core.ipynb #c61d8cb5
 log = logging.getLogger('ich_fastai')

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OURS', 'TRACKERS', 'COMBINED', 'two_step', 'ensemble', 'run_recipe']
 
-# %% ../nbs/27_run.ipynb #aa8a7fc0
+# %% ../nbs/27_run.ipynb #c10cc421
 import json, shutil
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
@@ -17,7 +17,7 @@ import pandas as pd
 from fastcore.script import CliError
 from fastai.basics import default_device, get_model, num_distrib, replacing_yield, set_seed
 
-from .core import LABELS, Run, hardware, log, only_one, pick, show_progress, sweep, versions, write_whole
+from .core import LABELS, Run, give_back_memory, hardware, log, only_one, pick, show_progress, sweep, versions, write_whole
 from .recipes import get_recipe, parts_of, read_recipe, write_recipe
 from .clean import Store
 from .data import labelled_slices, make_dls, make_loader, open_pictures, prediction_frame, training_slices
@@ -122,7 +122,7 @@ def ensemble(
 
 COMBINED = dict(two_step=two_step, ensemble=ensemble)
 
-# %% ../nbs/27_run.ipynb #b4998e7c
+# %% ../nbs/27_run.ipynb #bd38fd6c
 def run_recipe(
     run, # A run folder with metadata, labels, split and image store
     recipe, # A name, a `Recipe` or a TOML file
@@ -143,6 +143,7 @@ def run_recipe(
         if not (folder/'predictions.parquet').exists():
             if recipe != asked: log.warning('%s: a CPU takes thirty times as long in fp16 as in fp32, so it trains in %s', recipe.name, precision_on('cpu'))
             _make(run, recipe, seed, resume, minutes, parts, find, track)
+            give_back_memory()  # A comparison goes on to the next recipe, often of another size
     return _kept_predictions(folder, run)
 
 def _for_this_device(recipe):
