@@ -140,6 +140,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'ich_fastai.core.Run.write': ('core.html#run.write', 'ich_fastai/core.py'),
                                  'ich_fastai.core._check_workers': ('core.html#_check_workers', 'ich_fastai/core.py'),
                                  'ich_fastai.core._leave_with_parent': ('core.html#_leave_with_parent', 'ich_fastai/core.py'),
+                                 'ich_fastai.core._of_libc': ('core.html#_of_libc', 'ich_fastai/core.py'),
                                  'ich_fastai.core._pool': ('core.html#_pool', 'ich_fastai/core.py'),
                                  'ich_fastai.core._say_lost': ('core.html#_say_lost', 'ich_fastai/core.py'),
                                  'ich_fastai.core._worker_state': ('core.html#_worker_state', 'ich_fastai/core.py'),

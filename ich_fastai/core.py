@@ -185,24 +185,27 @@ def versions(
         except PackageNotFoundError: return 'not installed'
     return {'python': platform.python_version(), **{p: one(p) for p in packages}}
 
-# %% ../nbs/00_core.ipynb #8d8e351d
+# %% ../nbs/00_core.ipynb #5593f0e9
+def _of_libc(name):
+    "A function of the C library, or None where it has none of that name"
+    import ctypes
+    try: return getattr(ctypes.CDLL(None), name)
+    except (AttributeError, OSError, TypeError): return None
+
 @lru_cache(None)
 def keep_freed_memory(
     trim:int=2047, # MiB that may lie free at the end of the heap
     largest:int=1024, # MiB of the largest array that comes from the heap
 )->bool: # Whether it could be done: with glibc
     "Have glibc keep freed memory for the next array, for the rest of this process"
-    import ctypes
-    try: mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError): return False
-    return bool(mallopt(-1, trim << 20) and (mallopt(-3, largest << 20) or mallopt(-3, 32 << 20)))  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD; old versions allow 32 MiB
+    mallopt = _of_libc('mallopt')
+    return mallopt is not None and bool(mallopt(-1, trim << 20) and (mallopt(-3, largest << 20) or mallopt(-3, 32 << 20)))  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD; old versions allow 32 MiB
 
 def give_back_memory():
     "Free what nothing refers to any more but itself, and have glibc give back what it kept: between two trainings, say"
-    import ctypes, gc
+    import gc
     gc.collect()
-    try: ctypes.CDLL(None).malloc_trim(0)
-    except (AttributeError, OSError, TypeError): return  # Only glibc has it, and only it kept something
+    if trim := _of_libc('malloc_trim'): trim(0)
 
 # %% ../nbs/00_core.ipynb #c61d8cb5
 log = logging.getLogger('ich_fastai')

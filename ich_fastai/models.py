@@ -27,7 +27,7 @@ from .core import pick, write_whole
 from .recipes import Recipe, get_recipe
 from .data import n_channels
 
-# %% ../nbs/22_models.ipynb #f3150c33
+# %% ../nbs/22_models.ipynb #d80411a8
 _other = ('vit', 'swin', 'maxvit', 'inception', 'googlenet', 'mobilenet_v2', 'mnasnet', 'shufflenet')
 ARCHS = tuple(name for name in torchvision.models.list_models(module=torchvision.models) if not name.startswith(_other))
 
@@ -50,7 +50,7 @@ def _torchvision_body(arch, channels, size, pretrained):
 
 def _timm_body(arch, channels, size, pretrained):
     import timm
-    if not timm.is_model(arch): pick(arch, [*OWN, *ARCHS, *timm.list_models()], 'arch')
+    if not timm.is_model(arch): pick(arch, dict.fromkeys([*OWN, *ARCHS, *timm.list_models()]), 'arch')
     try: return timm.create_model(arch, pretrained=pretrained, in_chans=channels, num_classes=0, global_pool='')
     except OSError as e: raise CliError(f'no ImageNet weights for {arch} ({str(e).split(".")[0]}): go online, or set `pretrained = false` in the recipe') from e
 

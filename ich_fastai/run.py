@@ -122,7 +122,7 @@ def ensemble(
 
 COMBINED = dict(two_step=two_step, ensemble=ensemble)
 
-# %% ../nbs/27_run.ipynb #bd38fd6c
+# %% ../nbs/27_run.ipynb #60d0b519
 def run_recipe(
     run, # A run folder with metadata, labels, split and image store
     recipe, # A name, a `Recipe` or a TOML file
@@ -151,7 +151,8 @@ def _for_this_device(recipe):
     return replace(recipe, precision='auto') if recipe.precision == 'fp16' and default_device().type == 'cpu' else recipe
 
 def _make(run, recipe, seed, resume, minutes, parts, find, track):
-    for one in (recipe, *parts): _check_sizes(Store(run.images), one)
+    store = Store(run.images)
+    for one in (recipe, *parts): _check_sizes(store, one)
     of_parts = [run_recipe(run, part, seed, resume, minutes, find, track) for part in parts]
     folders = [run.model(part.name, seed) for part in parts]
     set_seed(seed)
