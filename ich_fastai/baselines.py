@@ -78,7 +78,7 @@ def bright_features(
     store:Store,
 )->pd.DataFrame: # One column by image
     "The count of bright pixels of each slice, at the store's largest size"
-    counts = [n_bright(store.read([i], max(store.sizes))[0]) for i in progress(range(len(store.index)), label='bright pixels')]
+    counts = [n_bright(store.read([i], max(store.sizes))[0]) for i in progress(range(len(store.index)), label='counting bright pixels', unit='slice')]
     return pd.DataFrame(dict(bright=np.log1p(counts)), index=store.index.index)
 
 def bright_pixels(
@@ -106,7 +106,7 @@ def picture_components(
     def seen(positions): return torch.cat([x.flatten(1).cpu() for x, _ in make_loader(pictures, recipe, bins, positions, size)]).numpy()
     chunks = _chunks(train, bs)
     pca = IncrementalPCA(min(n, min(map(len, chunks))))
-    for some in progress(chunks, label='principal components'): pca.partial_fit(seen(some))
+    for some in progress(chunks, label='principal components', unit='batch'): pca.partial_fit(seen(some))
     rows = np.concatenate([pca.transform(seen(some)) for some in progress(_chunks(np.arange(len(index)), bs), label='projecting')])
     return pd.DataFrame(rows.astype(np.float32), index=index.index).add_prefix('pc')
 

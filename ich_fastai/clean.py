@@ -229,7 +229,7 @@ def clean_images(
     if not 0 <= min_brain <= 1: raise CliError(f'min_brain {min_brain:g}: choose a share of the pixels, 0 to 1')
     if n_parts == 0: raise CliError('no slices to clean: the metadata frame is empty')
     with disk_errors(dest): _begin(dest, n_parts, size)
-    keys, boxes = zip(*in_order(partial(_clean_part, dest=dest, size=size, max_mb=max_mb), _jobs(metadata), n_workers, executor, 'cleaning slices', n_parts))
+    keys, boxes = zip(*in_order(partial(_clean_part, dest=dest, size=size, max_mb=max_mb), _jobs(metadata), n_workers, executor, 'cleaning slices', n_parts, 'part'))
     index = _index(metadata, np.concatenate(boxes), min_brain)
     index.attrs = dict(size=size, min_brain=min_brain, key=_part_key(keys, size))
     with write_whole(dest/'index.parquet') as part: index.to_parquet(part, row_group_size=4096)
@@ -320,7 +320,7 @@ def export_jpegs(
     lut = np.stack([window_lut(WINDOWS[w]) for w in windows], -1) if bins is None else hist_lut(bins)
     made_of = json.dumps([store.index.attrs.get('key'), hashlib.blake2b(lut.tobytes()).hexdigest(), quality])
     with disk_errors(dest): _same_pictures(dest, made_of)
-    for i, image in enumerate(progress(store.index.index, label='writing pictures')):
+    for i, image in enumerate(progress(store.index.index, label='writing pictures', unit='slice')):
         path = dest/_file_name(image)
         if path.exists(): continue
         picture = Image.fromarray(gray_levels(store.read([i], store.sizes[-1])[0], lut))

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from fastcore.script import CliError, call_parse
 
+from .core import printable, say
+
 # %% ../nbs/50_cli.ipynb #bb8bdcbc
 def command(f):
     "A console script from `f`, which has a parameter `quiet`"
@@ -29,13 +31,8 @@ def command(f):
 
 def _safe(line):
     "`line` without what a file's name or header could do to a terminal"
-    from ich_fastai.core import printable
     return printable(line, 1000)
 
-def _say(*lines):
-    "Lines for the person at the terminal"
-    from ich_fastai.core import first_process
-    if first_process() and not os.environ.get('ICH_QUIET'): print(*(_safe(line) if '\n' not in str(line) else line for line in lines), sep='\n', flush=True)
 
 # %% ../nbs/50_cli.ipynb #cd9062de
 @command
@@ -50,7 +47,7 @@ def phantom(
     "Write synthetic head CT studies with their labels and truth masks, to try everything without patient data"
     from ich_fastai.phantom import write_phantoms
     write_phantoms(dest, n_studies=n_studies, seed=seed, size=size, n_workers=n_workers)
-    _say(f'{n_studies} phantom studies in {dest}: next, `ich-metadata {dest}/stage_2_train RUN --labels {dest}/stage_2_train.csv`')
+    say(f'{n_studies} phantom studies in {dest}: next, `ich-metadata {dest}/stage_2_train RUN --labels {dest}/stage_2_train.csv`')
 
 # %% ../nbs/50_cli.ipynb #b5db8f8d
 def _executor(scheduler, *paths):
@@ -92,21 +89,21 @@ def _counted(texts, most=5):
 def _metadata_summary(run):
     "What was read, in a few lines; of thousands of remarks one line each kind"
     frame, errors = run.read('metadata', columns=['StudyInstanceUID', 'PatientID', 'kept', 'hu_repair', 'notes']), run.read('errors', columns=['message'])
-    _say(f'{len(frame):,} slices of {frame.StudyInstanceUID.nunique():,} studies, {frame.PatientID.nunique():,} patients; '
+    say(f'{len(frame):,} slices of {frame.StudyInstanceUID.nunique():,} studies, {frame.PatientID.nunique():,} patients; '
          f'{int(frame.kept.sum()):,} with enough brain')
     repaired, suspect = (int((frame.hu_repair == state).sum()) for state in ('wrapped', 'suspect'))
-    if repaired: _say(f'{repaired:,} slices had HU modulo 4096 and were repaired')
-    if suspect: _say(f'{suspect:,} slices have 12 bits and intercept 0 but no wrapped air: check their HU (`hu_repair` is suspect)')
+    if repaired: say(f'{repaired:,} slices had HU modulo 4096 and were repaired')
+    if suspect: say(f'{suspect:,} slices have 12 bits and intercept 0 but no wrapped air: check their HU (`hu_repair` is suspect)')
     notes = frame.notes[frame.notes != '']
-    if len(notes): _say(f'{len(notes):,} slices are odd and kept, see `notes` in {run.file("metadata")}:', *_counted(notes.str.split('; ').explode().str.partition(':')[0]))
-    if len(errors): _say(f'{len(errors):,} files gave no slice, see {run.file("errors")}:', *_counted(errors.message))
+    if len(notes): say(f'{len(notes):,} slices are odd and kept, see `notes` in {run.file("metadata")}:', *_counted(notes.str.split('; ').explode().str.partition(':')[0]))
+    if len(errors): say(f'{len(errors):,} files gave no slice, see {run.file("errors")}:', *_counted(errors.message))
 
 def _labels_summary(found, split, counts):
-    _say(f'labels: {", ".join(f"{k} {int(v):,}" for k, v in found.sum().items())}')
-    _say(', '.join(f"{v:,} {k.replace('_', ' ')}" for k, v in counts.items()))
-    _say('patients: ' + ', '.join(f'{n:,} {s}' for s, n in split.groupby('split').PatientID.nunique()[['train', 'valid', 'test']].items()))
+    say(f'labels: {", ".join(f"{k} {int(v):,}" for k, v in found.sum().items())}')
+    say(', '.join(f"{v:,} {k.replace('_', ' ')}" for k, v in counts.items()))
+    say('patients: ' + ', '.join(f'{n:,} {s}' for s, n in split.groupby('split').PatientID.nunique()[['train', 'valid', 'test']].items()))
     empty = [side for side, n in found['any'].groupby(split['split']).sum().items() if n == 0]
-    if empty: _say(f'no bleed in {" and ".join(empty)}: figures there will be empty; give more patients, or another `--seed`')
+    if empty: say(f'no bleed in {" and ".join(empty)}: figures there will be empty; give more patients, or another `--seed`')
 
 @command
 def metadata(
@@ -133,9 +130,9 @@ def metadata(
         folder.record(source=source)  # Before the reading: an interrupted run must know its own source again
         _read_into(folder, src, n_workers=n_workers, executor=executor, max_mb=max_mb)
         _metadata_summary(folder)
-        if truth is None: return _say('no labels: give them with `--labels FILE` to train', f'next: `ich-clean {run}`')
+        if truth is None: return say('no labels: give them with `--labels FILE` to train', f'next: `ich-clean {run}`')
         _labels_summary(*_split_into(folder, truth, labels, seed))
-        _say(f'next: `ich-clean {run}`')
+        say(f'next: `ich-clean {run}`')
 
 # %% ../nbs/50_cli.ipynb #f4148001
 @command
@@ -155,9 +152,9 @@ def clean(
     if scheduler: run = os.path.abspath(run)
     with Run(run).locked() as folder, _executor(scheduler, run) as executor:
         index = clean_images(folder.read('metadata', columns=CLEAN_COLUMNS), folder.images, size, n_workers, executor, min_brain, max_mb)
-        _say(f'{Store(folder.images)}; {int(index.kept.sum()):,} kept, {int((~index.kept).sum()):,} with less brain than {min_brain:g}')
-        if jpeg: _say(f'{export_jpegs(Store(folder.images), folder.path/"jpeg"):,} JPEG files in {folder.path/"jpeg"}')
-        if folder.has('split'): _say(f'next: `ich-train {run} RECIPE` or `ich-compare {run} RECIPE RECIPE`')
+        say(f'{Store(folder.images)}; {int(index.kept.sum()):,} kept, {int((~index.kept).sum()):,} with less brain than {min_brain:g}')
+        if jpeg: say(f'{export_jpegs(Store(folder.images), folder.path/"jpeg"):,} JPEG files in {folder.path/"jpeg"}')
+        if folder.has('split'): say(f'next: `ich-train {run} RECIPE` or `ich-compare {run} RECIPE RECIPE`')
 
 # %% ../nbs/50_cli.ipynb #6e45102c
 def _finder(scale, scratch):
@@ -192,7 +189,7 @@ def train(
     from ich_fastai.run import run_recipe
     predictions = run_recipe(folder, recipe, seed=seed, resume=resume, minutes=checkpoint_minutes, find=find, track=track)
     options = f' --scale {scale:g}'*(scale != 1) + ' --scratch'*scratch + f' --seed {seed}'*(seed != 0)
-    _say(f'{len(predictions):,} predictions in {folder.model(recipe.name, seed)}', *([] if epochs else [f'next: `ich-compare {run} {asked}{options}`']))
+    say(f'{len(predictions):,} predictions in {folder.model(recipe.name, seed)}', *([] if epochs else [f'next: `ich-compare {run} {asked}{options}`']))
 
 @command
 def compare(
@@ -212,7 +209,7 @@ def compare(
     recipes = [find(r) for r in recipes]
     from ich_fastai.compare import compare as compare_recipes, report, summary
     board = compare_recipes(folder, recipes, seed=seed, find=find)
-    if first_process(): _say(summary(board), f'report: {report(folder)}')
+    if first_process(): say(*summary(board).splitlines(), f'report: {report(folder)}')
 
 # %% ../nbs/50_cli.ipynb #4f510aa5
 _demo_recipes = ('bright_pixels', 'khandelwal_metadata_forest', 'demo_resnet18', 'demo_densenet121', 'demo_alexnet')
@@ -240,18 +237,18 @@ def demo(
     from ich_fastai.recipes import get_recipe
     folder = Run(out, create=True)
     phantoms = folder.path/'phantoms'
-    _say('1/4 phantoms: synthetic heads, not patients')
+    say('1/4 phantoms: synthetic heads, not patients')
     write_phantoms(phantoms, n_studies=40 if quick else 140, seed=seed, size=64 if quick else 256,
                    prevalence={label: 1.4*share for label, share in PREVALENCE.items()})  # More bleeds than in RSNA: more to learn from in minutes
-    _say('2/4 metadata and labels')
+    say('2/4 metadata and labels')
     if not folder.has('split'):
         labels = phantoms/'stage_2_train.csv'
         _read_into(folder, phantoms/'stage_2_train')
         _split_into(folder, read_labels(labels), labels, seed, valid=.12, test=.25)  # A wide test side, for narrower intervals
         folder.record(source='phantoms: synthetic heads, not patients')
         _metadata_summary(folder)
-    _say('3/4 clean images')
+    say('3/4 clean images')
     clean_images(folder.read('metadata'), folder.images, 64 if quick else 128)
-    _say('4/4 train and compare')
+    say('4/4 train and compare')
     board = compare_recipes(folder, [_quick(r) if quick else get_recipe(r) for r in _demo_recipes], seed=seed)
-    _say(summary(board), f'report: {report(folder)}', 'Research use, not a medical device. Phantoms are not patients.')
+    say(*summary(board).splitlines(), f'report: {report(folder)}', 'Research use, not a medical device. Phantoms are not patients.')

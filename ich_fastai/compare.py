@@ -19,7 +19,7 @@ from PIL import Image
 from fastcore.script import CliError
 from fastcore.xml import (Body, Br, Caption, Div, Figcaption, Figure, Footer, H1, H2, H3, Head, Header, Html, Img, Main, Meta, P, Pre,
                           Safe, Section, Small, Span, Strong, Style, Table, Tbody, Td, Th, Thead, Title, Tr, to_xml)
-from .core import LABELS, TYPES, Run, first_process, log, only_one, write_whole
+from .core import LABELS, TYPES, Run, first_process, log, only_one, say, show_progress, write_whole
 from .recipes import BUILT, Recipe, get_recipe, read_recipe
 from .labels import check_patients, subset
 from .clean import Store
@@ -162,7 +162,8 @@ def compare(
 
 def _compare(run, recipes, seed, n, make):
     labels, rows, bright, referenced = run.read('labels'), [], None, set()
-    for recipe in recipes:
+    for i, recipe in enumerate(recipes, 1):
+        if show_progress(): say(f'recipe {i} of {len(recipes)}: {recipe.name}')
         try:
             predictions = make(run, recipe)
             if predictions[list(recipe.labels)].isna().any(axis=None):

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['LABELS', 'TYPES', 'Window', 'WINDOWS', 'log', 'pick', 'printable', 'disk_errors', 'write_whole', 'sweep',
-           'first_process', 'show_progress', 'progress', 'ahead', 'in_order', 'hardware', 'versions',
-           'keep_freed_memory', 'give_back_memory', 'keep_memory_in_dask', 'cluster', 'only_one', 'Run']
+           'first_process', 'show_progress', 'on_screen', 'say', 'progress_bar', 'progress', 'ahead', 'in_order',
+           'hardware', 'versions', 'keep_freed_memory', 'give_back_memory', 'keep_memory_in_dask', 'cluster',
+           'only_one', 'Run']
 
 # %% ../nbs/00_core.ipynb #219b6a56
 import errno, json, logging, os, platform, re, secrets
@@ -48,8 +49,9 @@ def printable(
     limit:int=300, # Characters, the rest is cut off
 )->str: # One line without control characters
     "`text` as one line that is safe to print"
-    line = ' '.join(str(text).split())
-    return ''.join(c if c.isprintable() else '?' for c in line[:limit])
+    return _visible(' '.join(str(text).split())[:limit])
+
+def _visible(line): return ''.join(c if c.isprintable() else '?' for c in line)
 
 # %% ../nbs/00_core.ipynb #2d8b0141
 _disk = {errno.ENOSPC: 'the disk is full: make room', errno.EDQUOT: 'the disk quota is used up: make room',
@@ -89,25 +91,64 @@ def sweep(
 
 # %% ../nbs/00_core.ipynb #d5abb6e5
 def first_process()->bool: # The only one, where no others were started with it
-    "Whether this is the process that writes and speaks, of those that `accelerate launch` or `torchrun` started"
+    "Whether this is the process that writes and prints, of those that `accelerate launch` or `torchrun` started"
     return os.environ.get('RANK', '0') == '0'
 
-def show_progress()->bool: # Is somebody watching?
-    "Whether bars are drawn: on a terminal or in Jupyter, by the first of several processes, unless `ICH_QUIET` or `IN_TEST` is set"
+def show_progress()->bool:
+    "Whether progress is shown: by the first of several processes, unless `ICH_QUIET` or `IN_TEST` is set"
+    return first_process() and not (os.environ.get('ICH_QUIET') or os.environ.get('IN_TEST'))
+
+def on_screen()->bool:
+    "Is stdout a terminal or Jupyter, where a line can be drawn again?"
     import sys
     from fastcore.imports import IN_NOTEBOOK
-    if os.environ.get('ICH_QUIET') or os.environ.get('IN_TEST') or not first_process(): return False
     return IN_NOTEBOOK or sys.stdout.isatty()
+
+def say(
+    *lines, # Each is printed as one line, without control characters
+):
+    "Tell the person who runs this, unless `ICH_QUIET` is set"
+    if first_process() and not os.environ.get('ICH_QUIET'): print(*(_visible(str(line)) for line in lines), sep='\n', flush=True)
+
+# %% ../nbs/00_core.ipynb #a4c646fa
+def _line_a_while():
+    "A tqdm that prints a line at the start, every 30 seconds at most, and at the end"
+    from tqdm import tqdm
+    class Lines(tqdm):
+        def __init__(self, *args, **kw):
+            layout = '{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]'
+            super().__init__(*args, **kw, mininterval=30, miniters=1, bar_format=layout)
+
+        def display(self, msg=None, pos=None): print(self, file=self.fp, flush=True)
+
+        def close(self):
+            if self.disable: return
+            self.display()
+            self.disable = True  # tqdm would end the line once more
+            self._decr_instances(self)
+    return Lines
+
+def progress_bar(
+    items=None, # Anything to iterate over; without it, call `update`
+    total:int=None, # How many there are, where `len` does not tell
+    label:str='', # What is being done
+    unit:str='it', # What is counted
+): # A tqdm
+    "A stage's progress: a living line on a terminal and in Jupyter, lines now and then elsewhere, nothing where `show_progress` is False"
+    import shutil, sys
+    from tqdm import tqdm
+    kind = tqdm if on_screen() else _line_a_while()
+    width = dict(dynamic_ncols=True) if shutil.get_terminal_size((0, 0)).columns else dict(ncols=80, nrows=24)  # Some terminals have no size
+    return kind(items, total=total, desc=label, unit=f' {unit}', file=sys.stdout, disable=not show_progress(), **width)
 
 def progress(
     items, # Anything to iterate over
     total:int=None, # How many there are, where `len` does not tell
-    label:str='', # What is being done, shown behind the bar
+    label:str='', # What is being done
+    unit:str='it', # What is counted
 ):
-    "`items`, with a progress bar where somebody watches"
-    if not show_progress(): return items
-    from fastprogress.fastprogress import progress_bar
-    return progress_bar(items, total=total, comment=label, leave=False)
+    "`items`, with a progress bar where progress is shown"
+    return progress_bar(items, total, label, unit) if show_progress() else items
 
 # %% ../nbs/00_core.ipynb #77c22a56
 def _leave_with_parent():
@@ -158,14 +199,15 @@ def in_order(
     executor=None, # A running `Executor` to use instead
     label:str='', # For the progress bar
     total:int=None, # How many items, where `len` does not tell
+    unit:str='it', # What an item is, for the progress bar
 ):
     "`fn` of each item, in the order of the items"
     if n_workers < 0: raise CliError(f'n_workers is {n_workers}: give 0 for this process, or the number of processes')
     if total is None: total = len(items)
     if executor is None and n_workers:
-        with _pool(n_workers) as pool: yield from in_order(fn, items, executor=pool, label=label, total=total)
-    elif executor is None: yield from progress(map(fn, items), total, label)
-    else: yield from progress(ahead(executor, fn, items, 4*getattr(executor, '_max_workers', 64)), total, label)
+        with _pool(n_workers) as pool: yield from in_order(fn, items, executor=pool, label=label, total=total, unit=unit)
+    elif executor is None: yield from progress(map(fn, items), total, label, unit)
+    else: yield from progress(ahead(executor, fn, items, 4*getattr(executor, '_max_workers', 64)), total, label, unit)
 
 # %% ../nbs/00_core.ipynb #c81c9c36
 def hardware()->dict: # cpu, cores, memory in GiB, GPU

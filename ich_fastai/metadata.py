@@ -286,7 +286,7 @@ def _write_frame(dest, parts, kinds, rows, index, mend, computed=None):
     names = list(kinds)
     groups = [{name: kinds[name] for name in some} for some in chunked(names, max(CELLS//max(len(rows), 1), 4))]
     with disk_errors(dest), tempfile.TemporaryDirectory(dir=Path(parts[0]).parent) as folder:
-        files = [_put_down(f'{folder}/{i}', _gather(parts, group, rows)) for i, group in enumerate(progress(groups, label='sorting'))]
+        files = [_put_down(f'{folder}/{i}', _gather(parts, group, rows)) for i, group in enumerate(progress(groups, label=f'writing {Path(dest).name}', unit='group'))]
         if computed is not None: files.append(_put_down(f'{folder}/computed', computed))
         _join(files, dest, index, mend)
 
@@ -336,7 +336,7 @@ def write_metadata(
 )->tuple: # (slices, errors), how many
     "Read any number of files into two Parquet files, with little memory, and on from where an interrupted run stopped"
     read = partial(_read_lot, folder=str(lots), keep_phi=keep_phi, max_mb=max_mb)
-    parts = list(in_order(read, _lots(find_files(source)), n_workers, executor, 'reading files'))
+    parts = list(in_order(read, _lots(find_files(source)), n_workers, executor, 'reading files', unit='lot'))
     plans = _plan_frames(parts, deidentify)
     for dest, plan in zip((errors_file, metadata_file), plans): _write_frame(dest, parts, *plan)
     return tuple(len(rows) for _, rows, *_ in reversed(plans))
@@ -351,6 +351,6 @@ def read_metadata(
 )->tuple: # (metadata, errors), two frames by `image` and by `fname`
     "Every CT slice in the files as a row, in the order of the head, and every other file with the reason"
     read = partial(_read_table, keep_phi=keep_phi, max_mb=max_mb)
-    parts = list(in_order(read, _lots(find_files(folder_or_files)), n_workers, executor, 'reading files'))
+    parts = list(in_order(read, _lots(find_files(folder_or_files)), n_workers, executor, 'reading files', unit='lot'))
     errors, metadata = (_frame(parts, *plan) for plan in _plan_frames(parts, deidentify))
     return metadata, errors

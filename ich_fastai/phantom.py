@@ -1100,6 +1100,6 @@ def write_phantoms(
     studies = plan_studies(n_studies, seed, prevalence, quirks)
     settle(dest, dict(n_studies=n_studies, seed=seed, size=size, prevalence=dict(prevalence), quirks=asdict(quirks)))
     work = partial(write_study, dest=dest, size=size)
-    list(in_order(work, studies, os.cpu_count() if n_workers is None else n_workers, label='phantoms'))
+    list(in_order(work, studies, os.cpu_count() if n_workers is None else n_workers, label='writing phantoms', unit='study'))
     write_labels(studies, dest, quirks.duplicate_rows, seed)
     return dest

@@ -30,7 +30,7 @@ class MemoryStore:
         largest:int, # Pixels of the largest pictures of the store that the model learned from: the smaller ones are made of those
     ):
         self.index, self.sizes = metadata, store_sizes(largest)
-        slices = progress(list(zip(metadata['fname'], metadata['frame'])), label='cleaning slices')
+        slices = progress(list(zip(metadata['fname'], metadata['frame'])), label='cleaning slices', unit='slice')
         cleaned = [clean_slice(hu(fname, frame), largest)[1] for fname, frame in slices]
         self.hu = {size: np.array([pictures[size] for pictures in cleaned]) for size in self.sizes}
 

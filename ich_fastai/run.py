@@ -17,7 +17,7 @@ import pandas as pd
 from fastcore.script import CliError
 from fastai.basics import default_device, get_model, num_distrib, replacing_yield, set_seed
 
-from .core import LABELS, Run, give_back_memory, hardware, log, only_one, pick, show_progress, sweep, versions, write_whole
+from .core import LABELS, Run, give_back_memory, hardware, log, only_one, pick, sweep, versions, write_whole
 from .recipes import get_recipe, parts_of, read_recipe, write_recipe
 from .clean import Store
 from .data import labelled_slices, make_dls, make_loader, open_pictures, prediction_frame, training_slices
@@ -76,7 +76,7 @@ def _train(learn, run, recipe, seed, minutes, track, loaders=make_dls, parts=())
     folder = run.model(recipe.name, seed)
     with ExitStack() as quiet:
         quiet.enter_context(learn.no_logging())
-        if not show_progress(): quiet.enter_context(learn.no_bar())
+        quiet.enter_context(learn.no_bar())  # Ours are in `train_stages`
         if recipe.schedule == 'one_cycle': first_of_all(lambda: _find_lr(learn, folder/'lr_find.csv', recipe))
         with shared(learn): train_stages(learn, run, recipe, seed, _suggested(folder), minutes, loaders, TRACKERS[track](folder, recipe) if track else [], parts)
 
@@ -93,7 +93,7 @@ def _suggested(folder):
 def _find_lr(learn, path, recipe):
     "The LR finder's frame, on disk; a run that was broken off may have left it there"
     if path.exists(): return
-    with memory_errors(recipe.batch_sizes[0], recipe.sizes[0]): found = find_lr(learn)
+    with memory_errors(recipe.batch_sizes[0], recipe.sizes[0]): found = find_lr(learn, label=recipe.name)
     with write_whole(path) as part: found.to_csv(part, index=False)
 
 def _predict_together(model, recipe, dl): return predict(model, recipe, share(dl), gather) if num_distrib() > 1 else predict(model, recipe, dl)

@@ -61,7 +61,7 @@ def cnn_features(
     kept.mkdir(parents=True, exist_ok=True)
     sweep(kept)
     model = bundle.model.to(default_device()).eval()
-    for start in progress(range(0, n, PART), label='features'):
+    for start in progress(range(0, n, PART), label='features', unit='part'):
         path = kept/f'part-{start//PART:05d}.npy'
         if path.exists(): continue
         dl = make_loader(store, bundle.recipe, bundle.bins, np.arange(start, min(start + PART, n)), bundle.size, bs)
