@@ -19,7 +19,7 @@ from sklearn.preprocessing import StandardScaler
 
 from .core import LABELS, Run, progress
 from .recipes import Recipe
-from .clean import Store
+from .clean import Store, source_size
 from .data import hist_bins, labelled_slices, make_loader, open_pictures, prediction_frame, training_slices
 
 # %% ../nbs/24_baselines.ipynb #4ee5f50c
@@ -76,9 +76,11 @@ def n_bright(
 # %% ../nbs/24_baselines.ipynb #9c81f691
 def bright_features(
     store:Store,
+    size:int=256, # Pixels; the store's largest where it has none so large
 )->pd.DataFrame: # One column by image
-    "The count of bright pixels of each slice, at the store's largest size"
-    counts = [n_bright(store.read([i], max(store.sizes))[0]) for i in progress(range(len(store.index)), label='counting bright pixels', unit='slice')]
+    "The count of bright pixels of each slice"
+    size = source_size(store.sizes, size)
+    counts = [n_bright(store.read([i], size)[0]) for i in progress(range(len(store.index)), label='counting bright pixels', unit='slice')]
     return pd.DataFrame(dict(bright=np.log1p(counts)), index=store.index.index)
 
 def bright_pixels(
@@ -87,7 +89,7 @@ def bright_pixels(
     seed:int=0,
 )->pd.DataFrame: # Predictions
     "A logistic regression on the count of bright pixels"
-    return _fit_predict(run, recipe, seed, bright_features(Store(run.images)), LogisticRegression)
+    return _fit_predict(run, recipe, seed, bright_features(Store(run.images), max(recipe.sizes)), LogisticRegression)
 
 # %% ../nbs/24_baselines.ipynb #0c32469a
 def _chunks(positions, n): return np.array_split(positions, max(len(positions)//n, 1))  # Each of n or more, where there are so many
@@ -102,7 +104,7 @@ def picture_components(
     "Where each slice lies along the principal components of the training slices"
     index, labels, split = run.read('index'), run.read('labels'), run.read('split')
     store, train, size = Store(run.images), training_slices(recipe, index, labels, split, seed), recipe.sizes[0]
-    bins, pictures = hist_bins(store, train), open_pictures(run, recipe, store)
+    bins, pictures = hist_bins(store, train, size=size), open_pictures(run, recipe, store)
     def seen(positions): return torch.cat([x.flatten(1).cpu() for x, _ in make_loader(pictures, recipe, bins, positions, size)]).numpy()
     chunks = _chunks(train, bs)
     pca = IncrementalPCA(min(n, min(map(len, chunks))))

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LABELS', 'TYPES', 'Window', 'WINDOWS', 'log', 'pick', 'printable', 'disk_errors', 'write_whole', 'sweep',
-           'first_process', 'show_progress', 'on_screen', 'say', 'progress_bar', 'progress', 'ahead', 'in_order',
-           'hardware', 'versions', 'keep_freed_memory', 'give_back_memory', 'keep_memory_in_dask', 'cluster',
-           'only_one', 'Run']
+           'first_process', 'show_progress', 'on_screen', 'say', 'progress_bar', 'progress', 'ahead', 'check_options',
+           'in_order', 'hardware', 'versions', 'keep_freed_memory', 'give_back_memory', 'keep_memory_in_dask',
+           'cluster', 'only_one', 'Run']
 
 # %% ../nbs/00_core.ipynb #219b6a56
 import errno, json, logging, os, platform, re, secrets
@@ -192,6 +192,17 @@ def ahead(
     finally:
         for future in waiting: future.cancel()
 
+_limits = dict(n_workers=(0, 1024), seed=(0, 2**32 - 1), max_mb=(1, 2**20), n_studies=(1, 10**6), epochs=(0, 10_000), checkpoint_minutes=(0, 10**6), scale=(.01, 1), min_brain=(0, 1))
+
+def check_options(
+    **options, # By the name of the parameter
+):
+    "Refuse a value out of its bounds, before anything is touched"
+    for name, value in options.items():
+        if name not in _limits or value is None: continue
+        low, high = _limits[name]
+        if not low <= value <= high: raise CliError(f'{name} is {value}: give {low:g} to {high:,}')
+
 def in_order(
     fn, # A function of one item that a worker process can import
     items, # Anything to iterate over; it is asked for the next one when there is room
@@ -202,7 +213,7 @@ def in_order(
     unit:str='it', # What an item is, for the progress bar
 ):
     "`fn` of each item, in the order of the items"
-    if n_workers < 0: raise CliError(f'n_workers is {n_workers}: give 0 for this process, or the number of processes')
+    check_options(n_workers=n_workers)
     if total is None: total = len(items)
     if executor is None and n_workers:
         with _pool(n_workers) as pool: yield from in_order(fn, items, executor=pool, label=label, total=total, unit=unit)
@@ -325,11 +336,15 @@ class Run:
         create:bool=False, # Make the folder where it is missing?
     ):
         self.path = Path(getattr(path, 'path', path))
-        if create:
+        if create and not self.path.exists():
             with disk_errors(self.path): self.path.mkdir(parents=True, exist_ok=True)
         if not self.path.is_dir(): raise CliError(f'no run folder at {self.path}: make one with `ich-metadata SRC {self.path}`')
+        if not self.begun and any(not p.name.startswith('.') for p in self.path.iterdir()):
+            raise CliError(f'{self.path} is no run folder but has files of its own: choose a new folder, or one that `ich-metadata` made')
 
     def __repr__(self): return f'Run({str(self.path)!r})'
+    @property
+    def begun(self)->bool: return (self.path/'run.json').exists() or any(map(self.has, ('metadata', 'errors', 'labels', 'split')))
     @property
     def images(self)->Path: return self.path/'images'
     def model(self, recipe:str, seed:int=0)->Path: return self.path/'models'/recipe/str(seed)

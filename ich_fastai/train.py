@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LabelLoss', 'learner_metrics', 'LossScale', 'optimizer', 'learner_for', 'make_learner', 'TrainingBar', 'training_bar',
            'find_lr', 'plot_lr_find', 'Stage', 'stages', 'History', 'StepLosses', 'StopOnNaN', 'plot_history',
-           'LiveFigure', 'memory_errors', 'fingerprint', 'read_checkpoint', 'Checkpoint', 'DecayingRate', 'fit_stage',
-           'same_data', 'SameData', 'train_stages', 'predict']
+           'LiveFigure', 'memory_errors', 'depends_on', 'changed', 'fingerprint', 'read_checkpoint', 'Checkpoint',
+           'DecayingRate', 'fit_stage', 'same_data', 'SameData', 'train_stages', 'predict']
 
 # %% ../nbs/23_train.ipynb #572549c1
 import csv, hashlib, random, tempfile, zipfile
@@ -38,7 +38,8 @@ from torch.amp import GradScaler
 from .core import LABELS, Run, disk_errors, first_process, on_screen, printable, progress, progress_bar, show_progress, write_whole
 from .recipes import Recipe, get_recipe
 from .metrics import accuracy_multi, auroc, recall, weighted_log_loss
-from .data import make_dls
+from .clean import sizes_of
+from .data import make_dls, sizes_read, task_slices, training_slices
 from .models import create_model, load_weights, parameter_groups, precision_on, probabilities, save_weights
 
 # %% ../nbs/23_train.ipynb #bd8c6fa6
@@ -295,20 +296,45 @@ def memory_errors(
         raise CliError(f'a batch of {bs} at {size} px does not fit into memory: {mend}') from e
 
 # %% ../nbs/23_train.ipynb #64f3639a
-@lru_cache
-def _hash(path, modified):
-    frame = pd.read_parquet(path)
-    key = str(frame.attrs.get('key')).encode()  # The store's, which stands for its pictures
-    return hashlib.blake2b(pd.util.hash_pandas_object(frame).to_numpy().tobytes() + key, digest_size=16).hexdigest()
+def _hashed(frame): return hashlib.blake2b(pd.util.hash_pandas_object(frame).to_numpy().tobytes(), digest_size=16).hexdigest()
 
-def _mark(run, name): return _hash(str(run.file(name)), run.file(name).stat().st_mtime_ns)
+def depends_on(
+    recipe:Recipe,
+    seed:int, # Draws negatives
+    index:pd.DataFrame, labels:pd.DataFrame, split:pd.DataFrame, # The run folder's frames, or those that it is to have
+)->dict: # A hash by what it is of
+    "What a model depends on: labels, split, the slices it learns from, and the pictures of the sizes it reads"
+    marks = dict(labels=_hashed(labels), split=_hashed(split))
+    if recipe.kind in ('two_step', 'ensemble'): return marks  # Their parts have the rest
+    if recipe.kind != 'sequence':  # It learns from all slices that have labels
+        train, valid = training_slices(recipe, index, labels, split, seed), task_slices(recipe, index, labels, split, 'valid')
+        marks['slices'] = hashlib.blake2b('\n'.join([*index.index[train], '', *index.index[valid]]).encode(errors='surrogatepass'), digest_size=16).hexdigest()
+    return marks | {f'the pictures of {size} px': index.attrs.get('key') for size in sizes_read(recipe, sizes_of(index))}
+
+def changed(
+    marks:dict, # From `depends_on`
+    recipe:Recipe, seed:int, index, labels, split, # As for `depends_on`
+)->list: # Names of marks
+    "What is no longer as it was"
+    now = depends_on(recipe, seed, index, labels, split) | {f'the pictures of {size} px': index.attrs.get('key') for size in sizes_of(index)}
+    return [name for name, mark in marks.items() if now.get(name) != mark]
+
+@lru_cache
+def _file_hash(path, modified): return _hashed(pd.read_parquet(path))
+
+def _of_part(run, name):
+    path = run.path/f'{name}.parquet'
+    return _file_hash(str(path), path.stat().st_mtime_ns)
 
 def fingerprint(
     run:Run,
+    recipe:Recipe,
+    seed:int=0,
     parts=(), # The folders of models that another one builds on
-)->dict: # A hash by frame
-    "What a training depends on: which slices lie in the store, their labels, their split, and what its parts predict"
-    return {name: _mark(run, name) for name in ('index', 'labels', 'split', *(str(part.relative_to(run.path)/'predictions') for part in parts))}
+)->dict: # A hash by what it is of
+    "What a training in this run folder depends on: `depends_on`, and what its parts predict"
+    of_parts = {name: _of_part(run, name) for name in (str(part.relative_to(run.path)/'predictions') for part in parts)}
+    return depends_on(recipe, seed, run.read('index'), run.read('labels'), run.read('split')) | of_parts
 
 def _random_state():
     name, keys, *rest = np.random.get_state()
@@ -448,24 +474,30 @@ def fit_stage(
     except CliError as e: raise CliError(str(e).rsplit('\n\t', 1)[-1]) from e  # Without fastai's "Exception occured in"
 
 # %% ../nbs/23_train.ipynb #139bf786
-_what = dict(index='the image store', labels='the labels', split='the split')
+_what = dict(labels='the labels', split='the split', slices='the slices to learn from', index='the image store')  # Earlier versions kept one mark of all of it
+
+@lru_cache(64)
+def _changed(run, modified, marks, recipe, seed): return changed(dict(marks), recipe, seed, run.read('index'), run.read('labels'), run.read('split'))
 
 def same_data(
     run:Run,
     marks:dict, # From `fingerprint`
-    folder, # Of the model, for the message
+    recipe:Recipe, seed:int, # Of the training
 ):
     "Refuse to go on with other data than a training began with"
-    try: now = {name: _mark(run, name) for name in marks}
+    folder, parts = run.model(recipe.name, seed), {name: mark for name, mark in marks.items() if name.endswith('/predictions')}
+    try:
+        modified = tuple(run.file(name).stat().st_mtime_ns for name in ('index', 'labels', 'split'))
+        wrong = [name for name, mark in parts.items() if _of_part(run, name) != mark]
     except OSError as e: raise CliError(f'{printable(e)}: put it back, or delete {folder} to train anew') from e
-    for name, mark in now.items():
-        if marks[name] != mark: raise CliError(f'{_what.get(name, name)} of {run.path} changed since this training began: put it back, or delete {folder} to train anew')
+    wrong += _changed(run, modified, tuple((name, mark) for name, mark in marks.items() if name not in parts), recipe, seed)
+    if wrong: raise CliError(f'{_what.get(wrong[0], wrong[0])} of {run.path} changed since this training began: put it back, or delete {folder} to train anew')
 
 class SameData(Callback):
     "Stop where the run folder's data are exchanged during a training"
     order, run_valid = 59, False  # Before the epoch's checkpoint
-    def __init__(self, run, marks, folder): self.run_folder, self.marks, self.folder = run, marks, folder
-    def after_epoch(self): same_data(self.run_folder, self.marks, self.folder)
+    def __init__(self, *what): self.what = what  # As for `same_data`
+    def after_epoch(self): same_data(*self.what)
 
 def _cut_logs(folder, state):
     "Take out of the logs what came after the checkpoint"
@@ -496,8 +528,10 @@ def train_stages(
     folder, plan = run.model(recipe.name, seed), stages(recipe, suggested)
     kept, writes = folder/'checkpoints', first_process()
     state = read_checkpoint(kept, learn.dls.device)
-    marks = state['marks'] if state else fingerprint(run, parts)
-    same_data(run, marks, folder)
+    now = fingerprint(run, recipe, seed, parts)
+    marks = state['marks'] if state else now
+    same_data(run, marks, recipe, seed)
+    if marks != now: raise CliError(f'{run.images} has other sizes than when this training began: delete {folder} to train anew')
     if state and (state['recipe'] != str(recipe) or state['stage'] >= len(plan)): raise CliError(f'{kept} is of another recipe: delete {folder} to train anew')
     if writes: _cut_logs(folder, state)
     if state: load_weights(learn.model, state['weights'])
@@ -506,7 +540,7 @@ def train_stages(
         if state and state['epoch'] == stage.epochs: state = None  # This one was finished
         else:
             set_seed(seed + 1000*stage.number)
-            keep = [SameData(run, marks, folder), Checkpoint(kept, stage, marks, minutes, state, writes, str(recipe)), *([*_journal(folder, stage), *cbs] if writes else [])]
+            keep = [SameData(run, marks, recipe, seed), Checkpoint(kept, stage, marks, minutes, state, writes, str(recipe)), *([*_journal(folder, stage), *cbs] if writes else [])]
             try:
                 with training_bar(learn, _called(recipe, stage, plan)): fit_stage(learn, stage, keep, state['epoch'] if state else 0)
             except CliError as e: raise CliError(f'{e}{_last_good(kept)}') from e
