@@ -36,11 +36,12 @@ def pick(
     name:str, # What the user asked for
     valid, # The names there are
     what:str, # What such a name stands for, as the error says it: 'recipe'
+    where:str='', # What lists them, where they are many
 ):
     "`name` where it is one of `valid`, otherwise a `CliError` that offers the near ones"
     if name in valid: return name
-    near = get_close_matches(str(name), list(valid), n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"choose one of {', '.join(valid)}"
+    near = [v for v in valid if str(name) and str(name) in v][:3] or get_close_matches(str(name), list(valid), n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else where or f"choose one of {', '.join(valid)}"
     raise CliError(f"unknown {what} '{name}': {hint}")
 
 # %% ../nbs/00_core.ipynb #9acb1685

@@ -11,15 +11,16 @@ __all__ = ['BUILT', 'recipes', 'khandelwal_resnet18', 'khandelwal_resnet18_scrat
            'qiu_vgg19', 'qiu_pca_logistic', 'qiu_pca_forest', 'qiu_lrcn', 'qiu_attention', 'qiu_ensemble',
            'open_windows', 'open_hu', 'open_balanced', 'open_jpeg', 'open_features', 'open_headers', 'open_sequence',
            'winners_cnn', 'winners_gru', 'demo_resnet18', 'demo_densenet121', 'demo_alexnet', 'Recipe', 'write_recipe',
-           'read_recipe', 'add', 'get_recipe', 'parts_of', 'smaller']
+           'read_recipe', 'add', 'get_recipe', 'parts_of', 'concerns', 'changed_recipe', 'smaller', 'with_epochs',
+           'with_values']
 
 # %% ../nbs/02_recipes.ipynb #b6e6d4e7
-import tomllib
+import re, tomllib
 from dataclasses import dataclass, asdict, fields, replace
 from pathlib import Path
 
 from fastcore.script import CliError
-from .core import LABELS, TYPES, WINDOWS, pick, write_whole
+from .core import LABELS, TYPES, WINDOWS, check_options, pick, printable, write_whole
 
 # %% ../nbs/02_recipes.ipynb #5b9f04ad
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ def read_recipe(
     "The recipe in a TOML file"
     path = Path(path)
     try: values = tomllib.loads(path.read_text(encoding='utf-8'))
-    except FileNotFoundError: raise CliError(f'no recipe file {path}: give a file that exists or one of {", ".join(recipes)}') from None
+    except FileNotFoundError: raise CliError(f'no recipe file {path}: give a file that exists, or a name that `ich-recipes` lists') from None
     except OSError as e: raise CliError(f'cannot read the recipe {path} ({e.strerror}): give a TOML file') from None
     except ValueError as e: raise CliError(f'{path} is not TOML: {e}') from None
     for key in values: pick(key, [f.name for f in fields(Recipe)], f'key in {path.name}')
@@ -325,8 +326,10 @@ def get_recipe(
 )->Recipe:
     "The recipe meant"
     if isinstance(recipe, Recipe): return recipe
-    if str(recipe).endswith('.toml'): return read_recipe(recipe)
-    return recipes[pick(str(recipe), recipes, 'recipe')]
+    name = str(recipe)
+    if name.endswith('.toml'): return read_recipe(name)
+    if name not in recipes and Path(f'{name}.toml').is_file(): raise CliError(f"unknown recipe '{printable(name, 80)}': did you mean the file {printable(name, 80)}.toml?")
+    return recipes[pick(name, recipes, 'recipe', '`ich-recipes` lists them')]
 
 def parts_of(
     recipe:Recipe,
@@ -350,21 +353,84 @@ def parts_of(
         need({*recipe.labels} <= {*said}, f"labels must be among those of its parts ({', '.join(said)})")
     return parts
 
+# %% ../nbs/02_recipes.ipynb #efb86df9
+_of_any = 'name', 'source', 'kind', 'labels', 'threshold'
+_of_training = ('batch_sizes', 'epochs', 'frozen_epochs', 'optimizer', 'schedule', 'lr', 'lr_unfrozen', 'lr_decay', 'wd', 'eps', 'precision')
+_of_slices = 'slices', 'min_types', 'negatives'
+_of_sequences = ('parts', 'reader', 'units', 'layers', 'dense', 'dropout', 'softmax', 'differences', 'headers', 'both_orders')
+
+def concerns(
+    kind:str, # Of a recipe
+)->tuple: # Names of fields
+    "What a recipe states that matters for its kind"
+    if kind == 'cnn': return tuple(f.name for f in fields(Recipe) if f.name not in {*_of_sequences} - {'dropout', 'softmax'})
+    if kind == 'sequence': return *_of_any, *_of_sequences, *_of_training
+    if kind in BUILT: return *_of_any, 'parts'
+    return *_of_any, *_of_slices, *(('view', 'windows', 'sizes') if kind.startswith('pca') else ('sizes',) if kind == 'bright_pixels' else ())
+
+def changed_recipe(
+    recipe:Recipe,
+    ending:str, # Behind its name, where something changes
+    **values, # By field; those that do not concern its kind are left out
+)->Recipe:
+    "The recipe with other values, under a name of its own; as it is where nothing changes"
+    values = {k: v for k, v in values.items() if k in concerns(recipe.kind) and getattr(recipe, k) != v}
+    return replace(recipe, name=recipe.name + ending, **values) if values else recipe
+
+# %% ../nbs/02_recipes.ipynb #779b1fc5
 def smaller(
     recipe:Recipe,
     scale:float=1., # Of pixels, epochs and batches
     scratch:bool=False, # From random weights, where ImageNet's cannot be fetched? Nothing is frozen then
-)->Recipe: # Named by what was done to it, as its figures are no longer the report's
+    find=get_recipe, # A function from the name of a part to its recipe
+)->Recipe: # Named by what was done to it
     "The recipe for less time"
-    if not 0.01 <= scale <= 1: raise CliError(f'scale must be 0.01 to 1, not {scale:g}')
+    check_options(scale=scale)
     if scratch and recipe.kind in BUILT: recipe = _from_scratch(recipe)
     if scale == 1: return recipe
     def of(values, least, step=1): return tuple(min(v, max(least, step*round(v*scale/step))) for v in values)
-    return replace(recipe, name=f'{recipe.name}-{100*scale:g}pc'.replace('.', '_'), sizes=of(recipe.sizes, 64, 32), batch_sizes=of(recipe.batch_sizes, 2 if recipe.kind == 'sequence' else 8),
-                   epochs=of(recipe.epochs, 1), frozen_epochs=min(recipe.frozen_epochs, max(1, round(recipe.frozen_epochs*scale))))
+    ending = f'-{100*scale:g}pc'.replace('.', '_')
+    frozen = min(recipe.frozen_epochs, max(1, round(recipe.frozen_epochs*scale)))
+    sizes = {} if recipe.kind == 'bright_pixels' else dict(sizes=of(recipe.sizes, 64, 32))  # Which counts in seconds at any size
+    scaled = changed_recipe(recipe, ending, **sizes, batch_sizes=of(recipe.batch_sizes, 2 if recipe.kind == 'sequence' else 8), epochs=of(recipe.epochs, 1), frozen_epochs=frozen)
+    of_others = scaled == recipe and any(smaller(find(part), scale) != find(part) for part in recipe.parts)
+    return replace(recipe, name=recipe.name + ending) if of_others else scaled
 
 def _from_scratch(recipe):
-    "Random weights have nothing worth freezing, and a one-cycle whose rate was told for a frozen body asks the LR finder"
+    "Random weights have nothing worth freezing, and a one-cycle whose rate was chosen for a frozen body asks the LR finder"
+    if recipe.kind != 'cnn': return replace(recipe, name=f'{recipe.name}-scratch')  # Its parts start from random weights
     rates = dict(lr=0., lr_unfrozen=0.) if recipe.schedule == 'one_cycle' and (recipe.frozen_epochs or recipe.frozen) else {}
     epochs = (recipe.frozen_epochs + recipe.epochs[0], *recipe.epochs[1:])
-    return replace(recipe, name=f'{recipe.name}-scratch', pretrained=False, frozen='', frozen_epochs=0, epochs=epochs, **rates)
+    return changed_recipe(recipe, '-scratch', pretrained=False, frozen='', frozen_epochs=0, epochs=epochs, **rates)
+
+def with_epochs(
+    recipe:Recipe,
+    epochs:int, # In each stage; 0 leaves them
+)->Recipe:
+    "The recipe with so many epochs in each stage, its parts too"
+    if not epochs or recipe.kind not in BUILT: return recipe
+    ending = f'-{epochs}ep'
+    if recipe.parts: return replace(recipe, name=recipe.name + ending, epochs=(epochs,)*len(recipe.sizes))
+    return changed_recipe(recipe, ending, epochs=(epochs,)*len(recipe.sizes))
+
+def _as_value(text):
+    "What TOML, or a plain word, says"
+    try: return tomllib.loads(f'value = {text}')['value']
+    except ValueError: return text
+
+def with_values(
+    recipe:Recipe,
+    settings, # Texts as 'lr=1e-3' or 'epochs=[2]'
+)->Recipe:
+    "The recipe with other values"
+    values = {}
+    for setting in settings:
+        key, given, text = setting.partition('=')
+        if not given: raise CliError(f"--set {printable(setting, 80)}: give KEY=VALUE, such as lr=1e-3")
+        field = next(f for f in fields(Recipe) if f.name == pick(key.strip(), [f.name for f in fields(Recipe)], 'field of a recipe'))
+        if field.name in ('name', 'kind', 'parts'): raise CliError(f'--set {field.name}: that is another recipe; write a TOML file')
+        if field.name not in concerns(recipe.kind): raise CliError(f"--set {field.name} changes nothing in '{recipe.name}', which is of kind '{recipe.kind}'")
+        value = _as_value(text.strip())
+        values[field.name] = tuple(value) if isinstance(value, list) else float(value) if field.type is float and isinstance(value, int) and not isinstance(value, bool) else value
+    ending = ''.join(f"-{key}_{re.sub(r'[^A-Za-z0-9]+', '_', str(value)).strip('_')}" for key, value in values.items())
+    return changed_recipe(recipe, ending, **values)
