@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['ARCHS', 'OWN', 'PRECISIONS', 'HEADS', 'weights_file', 'simple_nn', 'deep_cnn', 'create_body_for', 'precision_on',
            'Net', 'n_outputs', 'probabilities', 'create_model', 'n_parameters', 'n_statistics', 'parameter_groups',
-           'save_weights', 'load_weights']
+           'save_weights', 'load_weights', 'training_cost']
 
 # %% ../nbs/22_models.ipynb #62024912
+from dataclasses import replace
 from functools import lru_cache
 from urllib.error import URLError
 from pathlib import Path
@@ -17,6 +18,7 @@ import torchvision
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from fastcore.foundation import L
 from fastcore.script import CliError
 from fastai.layers import flatten_model
@@ -203,3 +205,15 @@ def load_weights(
     try: model.load_state_dict(load_file(path))
     except (SafetensorError, RuntimeError, OSError) as e:
         raise CliError(f'{path} does not hold the weights of this network: train it again ({str(e).splitlines()[0]})') from e
+
+# %% ../nbs/22_models.ipynb #1be8e523
+def training_cost(
+    recipe:Recipe, # Of kind 'cnn'
+)->tuple: # (parameters, floating-point operations for each training slice, over all epochs)
+    "What a recipe's network costs"
+    with torch.device('meta'): model = create_model(replace(recipe, pretrained=False)).eval()
+    def forward(size):
+        with FlopCounterMode(display=False) as counter: nn.Sequential.forward(model, torch.empty(1, n_channels(recipe), size, size, device='meta'))
+        return counter.get_total_flops()
+    epochs = [recipe.frozen_epochs + recipe.epochs[0], *recipe.epochs[1:]]
+    return n_parameters(model), sum(3*n*forward(size) for size, n in zip(recipe.sizes, epochs))
