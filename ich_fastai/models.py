@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ARCHS', 'OWN', 'PRECISIONS', 'HEADS', 'weights_file', 'simple_nn', 'deep_cnn', 'create_body_for', 'precision_on',
            'Net', 'n_outputs', 'probabilities', 'create_model', 'n_parameters', 'n_statistics', 'parameter_groups',
-           'save_weights', 'load_weights', 'training_cost']
+           'save_weights', 'load_weights', 'n_features', 'training_cost']
 
 # %% ../nbs/22_models.ipynb #62024912
 from dataclasses import replace
@@ -207,6 +207,12 @@ def load_weights(
         raise CliError(f'{path} does not hold the weights of this network: train it again ({str(e).splitlines()[0]})') from e
 
 # %% ../nbs/22_models.ipynb #1be8e523
+def n_features(
+    recipe:Recipe, # Of kind 'cnn'
+)->int: # Maps of features before the head
+    "How many features a sequence gets from a recipe's network"
+    with torch.device('meta'): return create_model(replace(recipe, pretrained=False)).eval()[0](torch.empty(1, n_channels(recipe), recipe.sizes[-1], recipe.sizes[-1])).shape[1]
+
 def training_cost(
     recipe:Recipe, # Of kind 'cnn'
 )->tuple: # (parameters, floating-point operations for each training slice, over all epochs)

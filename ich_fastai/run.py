@@ -15,6 +15,7 @@ from time import perf_counter
 
 import numpy as np
 import pandas as pd
+import torch
 from fastcore.script import CliError
 from fastai.basics import default_device, get_model, num_distrib, replacing_yield, set_seed
 
@@ -22,7 +23,7 @@ from .core import LABELS, Run, give_back_memory, hardware, log, only_one, pick, 
 from .recipes import Recipe, get_recipe, parts_of, read_recipe, write_recipe
 from .clean import Store, source_size
 from .data import labelled_slices, make_dls, make_loader, open_pictures, prediction_frame, training_slices
-from .models import n_parameters, precision_on, training_cost
+from .models import n_features, n_parameters, precision_on, training_cost
 from .train import changed, depends_on, find_lr, fingerprint, learner_for, make_learner, memory_errors, predict, same_data, train_stages
 from .baselines import BASELINES, header_numbers
 from .sequence import StudyNet, cnn_features, series_dls, series_loader, series_of, with_headers
@@ -260,8 +261,19 @@ def recipe_row(
     labels = recipe.labels[0] if len(recipe.labels) == 1 else f'{len(recipe.labels)} labels'
     parts = [find(part) for part in recipe.parts]
     network = {'cnn': recipe.arch, 'sequence': f'{recipe.reader} over {recipe.parts[0]}' if parts else ''}.get(recipe.kind, ' + '.join(recipe.parts))
-    rows = [recipe_row(part, find) for part in parts]
-    parameters, flops = training_cost(recipe) if recipe.kind == 'cnn' else (0, 0)
-    sizes = recipe.sizes if recipe.kind in ('cnn', 'pca_logistic', 'pca_forest') else sorted({s for row in rows for s in row['sizes']})
-    return dict(recipe=recipe.name, what=', '.join(filter(None, [recipe.kind, network, labels])), parameters=parameters + sum(row['parameters'] for row in rows), sizes=tuple(sizes),
-                minutes=1000*flops/CPU_FLOPS/60 + sum(row['minutes'] for row in rows), source=recipe.source)
+    costs = [_own_cost(one, find) for one in _with_parts(recipe, find).values()]
+    of_pictures = [one for one in _with_parts(recipe, find).values() if one.kind in ('cnn', 'pca_logistic', 'pca_forest')]
+    sizes = of_pictures[0].sizes if len(of_pictures) == 1 else sorted({s for one in of_pictures for s in one.sizes})
+    return dict(recipe=recipe.name, what=', '.join(filter(None, [recipe.kind, network, labels])), parameters=sum(n for n, _ in costs), sizes=tuple(sizes),
+                minutes=1000*sum(flops for _, flops in costs)/CPU_FLOPS/60, source=recipe.source)
+
+def _with_parts(recipe, find):
+    "The recipe and all that it builds on, each once, by name"
+    return {name: one for part in recipe.parts for name, one in _with_parts(find(part), find).items()} | {recipe.name: recipe}
+
+def _own_cost(recipe, find):
+    "(parameters, operations a training slice), without those of its parts"
+    if recipe.kind == 'cnn': return training_cost(recipe)
+    if recipe.kind != 'sequence': return 0, 0
+    with torch.device('meta'): return n_parameters(StudyNet(n_features(find(recipe.parts[0])), recipe)), 0
+
