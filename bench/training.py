@@ -1,13 +1,15 @@
 "Training, side by side with plain fastai: the loader, the step, the whole recipe; a study's prediction; memory"
-import argparse, json, os, shutil, tempfile, time, warnings
+import argparse, json, os, shutil, subprocess, sys, tempfile, time, warnings
 os.environ['ICH_QUIET'] = '1'  # No progress bars
 warnings.filterwarnings('ignore')
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import numpy as np
 import pandas as pd
@@ -19,7 +21,7 @@ from ich_fastai.labels import split_patients
 from ich_fastai.models import Net, create_model, precision_on
 from ich_fastai.recipes import Recipe, get_recipe
 from ich_fastai.train import LabelLoss, make_learner
-from sides import Table, about, rounds_of, write_page
+from sides import Table, about, rounds_of, wall, write_page
 
 CORES = os.cpu_count()
 
@@ -97,6 +99,29 @@ def measure_step(table, job):
             if job.quick and (arch, size) != ('resnet18', 64): continue
             costs = rounds_of(3 if job.quick else 7, *real_and_held(job, arch, size, bs, 1.5))
             table.within(f'step_{arch}_{size}', f'step on real batches against one held: {arch}, {size} px, {bs} a step', costs, 'ms', 1.05)
+
+# A busy machine
+
+def epoch_seconds(path, size): # Median of a few epochs, after one that does not count
+    learn = make_learner(path, Recipe(f'busy_{size}', arch='resnet18', pretrained=False, view='windows', sizes=(size,), batch_sizes=(32,)))
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1, 1e-3)
+        return float(np.median([wall(lambda: learn.fit(1, 1e-3)) for _ in range(3)]))
+
+def measured_epoch(job, size, busy, bound=True): # In a process of its own, beside one that never rests where `busy`
+    other = subprocess.Popen([sys.executable, '-c', 'while True: pass']) if busy else None
+    try:
+        with patch.dict('os.environ', {} if bound else dict(OMP_DYNAMIC='false')): return in_child(epoch_seconds, job.run.path, size)  # The default, said by the user: then we leave threads alone
+    finally:
+        if other: other.kill()
+
+def measure_busy(table, job):
+    for size in (64,) if job.quick else (64, 128):
+        sides = [partial(measured_epoch, job, size, *side) for side in ((True,), (False,), (False, False), (True, False))]
+        costs = rounds_of(1 if job.quick else 3, *sides, warm=False)
+        table.within(f'busy_{size}', f'epoch beside one other busy process, against without: resnet18, {size} px', costs[:, [0, 1]], 's', 2.2)
+        table.within(f'bound_{size}', f'epoch on an idle machine, a core for each thread, against threads that move: resnet18, {size} px', costs[:, [1, 2]], 's', 1.1)
+        table.faster(f'busy_bound_{size}', f'epoch beside one other busy process, a core for each thread, against threads that move: resnet18, {size} px', costs[:, [0, 3]], 's')
 
 # What helps on this device
 
@@ -303,7 +328,7 @@ def measure_gpu(table, job):
 
 # All of it
 
-SECTIONS = dict(loader=measure_loader, step=measure_step, study=measure_study, memory=measure_memory, switches=measure_switches, recipe=measure_recipe, gpu=measure_gpu)
+SECTIONS = dict(loader=measure_loader, step=measure_step, busy=measure_busy, study=measure_study, memory=measure_memory, switches=measure_switches, recipe=measure_recipe, gpu=measure_gpu)
 PACKAGES = 'fastai', 'torch', 'torchvision', 'numpy', 'pillow'
 NOTE = ('Medians over rounds in which the sides take turns, ratio by round; switches, recipe and memory: one round, each side in a process of its own. The loader: one core, CPU time a slice, fastai over the same slices as JPEG of 256 px. All else: by the clock, on all cores. '
         'Networks start from random weights; the slices are phantoms.')

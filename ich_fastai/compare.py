@@ -132,7 +132,7 @@ def sort_board(
     group = board['task'].where(board.board == 'own task', '') + board['test_slices'].where(board.board == 'own task', '').fillna('')
     keys = dict(_failed=board.board == 'failed', _group=group, _score=-score)
     order = board.assign(**keys).sort_values(['_failed', 'board', 'slices', '_group', '_score'], kind='stable')
-    return order.drop(columns=list(keys)).reset_index(drop=True)
+    return order.drop(columns=list(keys)).reset_index(drop=True).copy()  # In one piece
 
 # %% ../nbs/32_compare.ipynb #827c66db
 _texts = dict.fromkeys(('error', 'note', 'slices', 'test_slices', 'judged_on'), '')

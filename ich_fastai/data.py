@@ -29,6 +29,7 @@ from fastai.data.transforms import MultiCategory
 from fastai.torch_core import Tensor, TensorBase, TensorImage, TensorMultiCategory, to_detach
 from fastai.vision.core import imagenet_stats
 
+from ._threads import leave_core
 from .core import LABELS, WINDOWS, Run, ahead, keep_freed_memory
 from .recipes import Recipe, get_recipe
 from .dicom import freqhist_bins, hist_lut, window_lut
@@ -316,7 +317,7 @@ class SliceLoader(TfmdDL):
 
     def create_batches(self, samps):
         batches, self.first = islice(chunked(samps, self.bs, self.drop_last), self.first, None), 0
-        with ThreadPoolExecutor(1) as reader:
+        with ThreadPoolExecutor(1, initializer=leave_core) as reader:
             for which, self.whole, batch in ahead(reader, self._read, batches, n=3):
                 if self.dataset.draws: self.dataset.draws.take(which)
                 yield batch

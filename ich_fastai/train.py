@@ -35,6 +35,7 @@ from fastai.metrics import AccumMetric
 from fastai.optimizer import Adam, OptimWrapper
 from torch.amp import GradScaler
 
+from ._threads import own_cores
 from .core import LABELS, Run, disk_errors, first_process, on_screen, printable, progress, progress_bar, show_progress, write_whole
 from .recipes import Recipe, get_recipe
 from .metrics import accuracy_multi, auroc, recall, weighted_log_loss
@@ -104,8 +105,10 @@ def learner_for(
 )->Learner:
     "Loaders and a model as a plain fastai Learner, with the recipe's loss, metrics and optimizer"
     scale = [LossScale()] if precision_on(dls.device.type, model.precision) == 'fp16' else []
-    return Learner(dls, model.to(dls.device), loss_func=LabelLoss(recipe), opt_func=optimizer(recipe), lr=recipe.lr or 1e-3, wd=recipe.wd,
-                   splitter=splitter or partial(parameter_groups, recipe=recipe), metrics=learner_metrics(recipe), cbs=scale, path=folder/'by_hand')
+    learn = Learner(dls, model.to(dls.device), loss_func=LabelLoss(recipe), opt_func=optimizer(recipe), lr=recipe.lr or 1e-3, wd=recipe.wd,
+                    splitter=splitter or partial(parameter_groups, recipe=recipe), metrics=learner_metrics(recipe), cbs=scale, path=folder/'by_hand')
+    learn.fit = own_cores()(learn.fit)  # On a busy machine, see below
+    return learn
 
 def make_learner(
     run, # A run folder
@@ -163,7 +166,9 @@ def training_bar(
     try:
         with learn.added_cbs([bar] if show_progress() else []): yield
     finally:
-        if bar.bar: bar.bar.close()  # An interruption too ends the line
+        if bar.bar:
+            if total: bar.bar.total = bar.bar.n  # It was left on purpose
+            bar.bar.close()  # An interruption too ends the line
 
 # %% ../nbs/23_train.ipynb #507c0ff1
 def find_lr(
@@ -561,6 +566,7 @@ def _last_good(kept):
     return f' (the last good weights: {at["weights"]})' if at else ''
 
 # %% ../nbs/23_train.ipynb #767782b8
+@own_cores()
 @torch.inference_mode()
 def predict(
     model:nn.Module, # A recipe's
