@@ -40,6 +40,7 @@ def _run(f, *args, **kwargs):
     "Call a command; what goes wrong becomes a `CliError`"
     given = signature(f).bind(*args, **kwargs)
     given.apply_defaults()
+    quiet_before = os.environ.get('ICH_QUIET', '')
     if given.arguments['quiet']: os.environ['ICH_QUIET'] = '1'
     warnings.filterwarnings('ignore', module='torch')  # Its deprecations are for us to mend, not for users
     try:
@@ -49,6 +50,7 @@ def _run(f, *args, **kwargs):
     except KeyboardInterrupt: raise CliError(f'interrupted: run the same command again{" with --resume" if f.__name__ == "train" else ""} and it continues from here') from None
     except OSError as e:  # A full disk, a folder in the place of a file: the edge is where all of them pass
         raise CliError(f'{printable(e, 1000)}: check the path and the room on its disk, then run again') from None
+    finally: os.environ['ICH_QUIET'] = quiet_before  # A notebook goes on aloud
 
 # %% ../nbs/50_cli.ipynb #c193f27b
 def make_parser(

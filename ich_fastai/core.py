@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LABELS', 'TYPES', 'Window', 'WINDOWS', 'log', 'pick', 'printable', 'disk_errors', 'write_whole', 'sweep',
-           'first_process', 'show_progress', 'on_screen', 'say', 'progress_bar', 'progress', 'ahead', 'check_options',
+           'first_process', 'show_progress', 'on_screen', 'say', 'stage_bar', 'progress', 'ahead', 'check_options',
            'in_order', 'hardware', 'versions', 'keep_freed_memory', 'give_back_memory', 'keep_memory_in_dask',
            'cluster', 'only_one', 'Run']
 
@@ -129,7 +129,7 @@ def _line_a_while():
             self._decr_instances(self)
     return Lines
 
-def progress_bar(
+def stage_bar(
     items=None, # Anything to iterate over; without it, call `update`
     total:int=None, # How many there are, where `len` does not tell
     label:str='', # What is being done
@@ -149,7 +149,7 @@ def progress(
     unit:str='it', # What is counted
 ):
     "`items`, with a progress bar where progress is shown"
-    return progress_bar(items, total, label, unit) if show_progress() else items
+    return stage_bar(items, total, label, unit) if show_progress() else items
 
 # %% ../nbs/00_core.ipynb #77c22a56
 def _leave_with_parent():

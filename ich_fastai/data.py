@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['JPEG_SIZE', 'SHORT', 'phantom_run', 'task_slices', 'training_slices', 'hist_bins', 'view_table', 'n_channels',
-           'TensorHU', 'TensorCT', 'OfPictures', 'View', 'neighbors', 'Draws', 'Turn', 'Blur', 'read_at',
+           'TensorHU', 'TensorCT', 'OfPictures', 'LookUp', 'neighbors', 'Draws', 'Turn', 'Blur', 'read_at',
            'open_pictures', 'sizes_read', 'Slices', 'SliceLoader', 'make_loader', 'make_dls', 'labelled_slices',
            'prediction_frame']
 
@@ -119,7 +119,7 @@ class OfPictures(Transform):
     "What changes pictures and leaves targets alone"
     def encodes(self, y:TensorMultiCategory): return y
 
-class View(OfPictures):
+class LookUp(OfPictures):
     "HU to what the recipe sees, normalized, by one look-up on the device"
     order, parameters = 0, L('table', 'mean', 'std')
     def __init__(self,
@@ -174,7 +174,7 @@ class Draws:
 # %% ../nbs/20_data.ipynb #bafbf304
 class Turn(OfPictures):
     "Move HU about, each slice of a training batch by its own draw"
-    order, split_idx = -1, 0  # Before `View`, in training only
+    order, split_idx = -1, 0  # Before `LookUp`, in training only
     def __init__(self,
         draws:Draws,
         flip:bool=True, # Left and right, with probability 0.5
@@ -219,7 +219,7 @@ def _blurred(x): # [m, c, h, w], Gaussian of about 1 pixel
 
 class Blur(OfPictures):
     "Blur some pictures of a training batch, each by its own draw"
-    order, split_idx = 10, 0  # After `View`, in training only
+    order, split_idx = 10, 0  # After `LookUp`, in training only
     def __init__(self,
         draws:Draws,
         p:float=0.25, # Probability
@@ -355,7 +355,7 @@ def make_loader(
     if device.type == 'cpu': keep_freed_memory()
     draws = Draws(len(rows), seed) if train else None
     items = Slices(store, rows, torch.as_tensor(targets, dtype=torch.float32), size, recipe.labels, draws)
-    steps, moves = [View(view_table(recipe, bins))], {key: getattr(recipe, key) for key in ('flip', 'rotate', 'shift', 'shear', 'zoom')}
+    steps, moves = [LookUp(view_table(recipe, bins))], {key: getattr(recipe, key) for key in ('flip', 'rotate', 'shift', 'shear', 'zoom')}
     if train and any(moves.values()): steps.append(Turn(draws, **moves))
     if train and recipe.blur: steps.append(Blur(draws, recipe.blur))
     dl = SliceLoader(items, bs=bs, shuffle=train, drop_last=train and len(items) > bs, num_workers=0, after_batch=steps, device=device)

@@ -18,9 +18,9 @@ from .metadata import read_metadata
 from .clean import MIN_BRAIN, clean_slice, store_sizes
 from .data import make_loader
 from .train import predict
-from .sequence import PART, Features, series_loader, series_of
+from .sequence import SLICES_A_FILE, Features, series_loader, series_of
 from .bundle import Bundle, load_bundle
-from .run import COMBINED
+from .run import COMBINERS
 
 # %% ../nbs/40_predict.ipynb #276b4712
 class MemoryStore:
@@ -45,7 +45,7 @@ def _read_series(bundle, store, bs):
     cnn.model.to(default_device())
     with torch.inference_mode(): rows = torch.cat([cnn.model.features(x).cpu() for x, _ in _cnn_loader(cnn, store, bs)]).numpy()
     headers = index.reindex(columns=bundle.extra['headers']).to_numpy(np.float32)
-    features = Features([np.concatenate([rows, headers], axis=1)[i:i + PART] for i in range(0, len(rows), PART)])
+    features = Features([np.concatenate([rows, headers], axis=1)[i:i + SLICES_A_FILE] for i in range(0, len(rows), SLICES_A_FILE)])
     return predict(bundle.model, bundle.recipe, series_loader(features, series_of(index, np.arange(len(index))), None, 8, len(bundle.labels)))
 
 def bundle_probabilities(
@@ -55,7 +55,7 @@ def bundle_probabilities(
 )->pd.DataFrame: # The six labels by image, NaN where the model is silent
     "What a model says about all slices of a store, whatever its recipe's kind"
     kind = bundle.recipe.kind
-    if kind in COMBINED: return COMBINED[kind](*[bundle_probabilities(part, store, bs) for part in bundle.parts])
+    if kind in COMBINERS: return COMBINERS[kind](*[bundle_probabilities(part, store, bs) for part in bundle.parts])
     told = _read_series(bundle, store, bs) if kind == 'sequence' else predict(bundle.model, bundle.recipe, _cnn_loader(bundle, store, bs))
     return pd.DataFrame(told, index=store.index.index, columns=list(bundle.labels)).reindex(columns=list(LABELS))
 

@@ -11,8 +11,8 @@ __all__ = ['BUILT', 'recipes', 'khandelwal_resnet18', 'khandelwal_resnet18_scrat
            'qiu_vgg19', 'qiu_pca_logistic', 'qiu_pca_forest', 'qiu_lrcn', 'qiu_attention', 'qiu_ensemble',
            'open_windows', 'open_hu', 'open_balanced', 'open_jpeg', 'open_features', 'open_headers', 'open_sequence',
            'winners_cnn', 'winners_gru', 'demo_resnet18', 'demo_densenet121', 'demo_alexnet', 'Recipe', 'write_recipe',
-           'read_recipe', 'add', 'get_recipe', 'parts_of', 'concerns', 'changed_recipe', 'smaller', 'with_epochs',
-           'with_values']
+           'read_recipe', 'add_recipe', 'get_recipe', 'parts_of', 'concerns', 'changed_recipe', 'smaller',
+           'with_epochs', 'with_values']
 
 # %% ../nbs/02_recipes.ipynb #b6e6d4e7
 import re, tomllib
@@ -153,12 +153,12 @@ def read_recipe(
 # %% ../nbs/02_recipes.ipynb #b7efcd75
 recipes = {}
 
-def add(recipe:Recipe)->Recipe:
+def add_recipe(recipe:Recipe)->Recipe:
     "Put `recipe` on the list that commands and `compare` choose from"
     recipes[recipe.name] = recipe
     return recipe
 
-khandelwal_resnet18 = add(Recipe(
+khandelwal_resnet18 = add_recipe(Recipe(
     'khandelwal_resnet18', source='Khandelwal et al. 2022, binary classification: accuracy 0.889',
     labels=('any',), negatives=1.,     # 194,082 slices, half with a bleed
     arch='resnet18', sizes=(256,),     # JPEG of 256 px
@@ -169,12 +169,12 @@ khandelwal_resnet18 = add(Recipe(
     rotate=15., flip=True, blur=0.25,  # "some images": a quarter is our reading
 ))
 
-khandelwal_resnet18_scratch = add(replace(
+khandelwal_resnet18_scratch = add_recipe(replace(
     khandelwal_resnet18, name='khandelwal_resnet18_scratch', source='Khandelwal et al. 2022: "with and without pretraining" about 0.89',
     pretrained=False, frozen_epochs=0, epochs=(5,), lr_unfrozen=0.,  # Nothing to freeze
 ))
 
-khandelwal_resnet50 = add(Recipe(
+khandelwal_resnet50 = add_recipe(Recipe(
     'khandelwal_resnet50', source='Khandelwal et al. 2022, multi-label: accuracy_multi 0.9132',
     labels=TYPES, slices='bleeding',   # "we only include the images that have bleeds"
     arch='resnet50', batch_sizes=(64,), frozen_epochs=2, epochs=(3,),  # As the binary model's: "the same hyper parameters"
@@ -182,28 +182,28 @@ khandelwal_resnet50 = add(Recipe(
     wd=0., precision='fp32',           # Decay and mixed precision are experiments of their own there
     rotate=15., flip=True, blur=0.25, threshold=0.5,
 ))
-khandelwal_resnet101 = add(replace(khandelwal_resnet50, name='khandelwal_resnet101', arch='resnet101',
+khandelwal_resnet101 = add_recipe(replace(khandelwal_resnet50, name='khandelwal_resnet101', arch='resnet101',
     source='Khandelwal et al. 2022, multi-label: accuracy_multi 0.9166'))
-khandelwal_densenet121 = add(replace(khandelwal_resnet50, name='khandelwal_densenet121', arch='densenet121', batch_sizes=(32,),  # "reduce the batch size by half"
+khandelwal_densenet121 = add_recipe(replace(khandelwal_resnet50, name='khandelwal_densenet121', arch='densenet121', batch_sizes=(32,),  # "reduce the batch size by half"
     source='Khandelwal et al. 2022, multi-label: accuracy_multi 0.9180'))
-khandelwal_alexnet = add(replace(khandelwal_resnet50, name='khandelwal_alexnet', arch='alexnet', lr=1e-2, lr_unfrozen=1e-4,
+khandelwal_alexnet = add_recipe(replace(khandelwal_resnet50, name='khandelwal_alexnet', arch='alexnet', lr=1e-2, lr_unfrozen=1e-4,
     source='Khandelwal et al. 2022, multi-label: accuracy_multi 0.8900'))
-khandelwal_resnet50_wd = add(replace(khandelwal_resnet50, name='khandelwal_resnet50_wd', wd=0.01, eps=1e-3,
+khandelwal_resnet50_wd = add_recipe(replace(khandelwal_resnet50, name='khandelwal_resnet50_wd', wd=0.01, eps=1e-3,
     source='Khandelwal et al. 2022, weight decay: accuracy_multi 0.9174'))
-khandelwal_resnet50_fp16 = add(replace(khandelwal_resnet50, name='khandelwal_resnet50_fp16', precision='fp16',
+khandelwal_resnet50_fp16 = add_recipe(replace(khandelwal_resnet50, name='khandelwal_resnet50_fp16', precision='fp16',
     source='Khandelwal et al. 2022, mixed precision: accuracy_multi 0.9191'))
-khandelwal_resnet50_progressive = add(replace(khandelwal_resnet50, name='khandelwal_resnet50_progressive',
+khandelwal_resnet50_progressive = add_recipe(replace(khandelwal_resnet50, name='khandelwal_resnet50_progressive',
     sizes=(64, 128, 256), batch_sizes=(512, 256, 64), epochs=(3, 3, 3),
     source='Khandelwal et al. 2022, progressive resizing: accuracy_multi 0.9134'))
 
 # %% ../nbs/02_recipes.ipynb #6e67b732
-khandelwal_metadata_forest = add(Recipe('khandelwal_metadata_forest', kind='metadata_forest', labels=('any',), negatives=1.,
+khandelwal_metadata_forest = add_recipe(Recipe('khandelwal_metadata_forest', kind='metadata_forest', labels=('any',), negatives=1.,
     source='Khandelwal et al. 2022, random forest on the metadata: about 50 % accuracy'))
-bright_pixels = add(Recipe('bright_pixels', kind='bright_pixels', labels=('any',),
+bright_pixels = add_recipe(Recipe('bright_pixels', kind='bright_pixels', labels=('any',),
     source="ours: count of pixels 20 HU above the brain's mean, the best single classical feature"))
 
 # %% ../nbs/02_recipes.ipynb #40690020
-petkov_binary = add(Recipe(
+petkov_binary = add_recipe(Recipe(
     'petkov_binary', source='Petkov and Singal, binary: accuracy 0.89 told, 0.750 from its confusion matrix, 0.833 for always "yes"',
     labels=('any',), negatives=0.2,    # As many slices of each of five types as without a bleed
     view='windows',                    # PNG files whose window is not told: three channels are our reading
@@ -216,15 +216,15 @@ petkov_binary = add(Recipe(
     flip=True, rotate=20., shift=0.05, shear=0.05,
     zoom=0.2,                          # "zoom into the brain", how far is not told; the store is cropped to the head already
 ))
-petkov_types = add(replace(petkov_binary, name='petkov_types', source='Petkov and Singal, types: accuracy 0.54 told, 0.202 from its confusion matrix, 0.2 by chance',
+petkov_types = add_recipe(replace(petkov_binary, name='petkov_types', source='Petkov and Singal, types: accuracy 0.54 told, 0.202 from its confusion matrix, 0.2 by chance',
     labels=TYPES, slices='bleeding', negatives=0., softmax=True))  # A slice of several types counts for each in equal shares: our reading
-petkov_multilabel = add(replace(petkov_binary, name='petkov_multilabel', source='Petkov and Singal: "the ideal model", not built for lack of time',
+petkov_multilabel = add_recipe(replace(petkov_binary, name='petkov_multilabel', source='Petkov and Singal: "the ideal model", not built for lack of time',
     labels=LABELS, negatives=0.2))
-petkov_two_step = add(Recipe('petkov_two_step', kind='two_step', parts=('petkov_binary', 'petkov_types'),
+petkov_two_step = add_recipe(Recipe('petkov_two_step', kind='two_step', parts=('petkov_binary', 'petkov_types'),
     source='Petkov and Singal: "if the final classification is a yes, run the same sample through the multiclass model"'))
 
 # %% ../nbs/02_recipes.ipynb #97fc8433
-dibernardo_simple_nn_3plus = add(Recipe(
+dibernardo_simple_nn_3plus = add_recipe(Recipe(
     'dibernardo_simple_nn_3plus', source='Di Bernardo and Schleicher, 3+ types: AUROC 0.90, accuracy 0.841, MSE 0.137',
     labels=('any',), min_types=3, negatives=20000/6547,  # "20,000 images without hemorrhage and 6,547 images with hemorrhage present"
     view='windows', windows=('brain', 'subdural', 'hist'),  # The channels of the prepared JPEG files that it took
@@ -233,18 +233,18 @@ dibernardo_simple_nn_3plus = add(Recipe(
     optimizer='adadelta', schedule='flat', lr=1., wd=0., eps=1e-7,  # Adadelta as Keras set it then
     precision='fp32', flip=False, rotate=0.,  # No augmentation is told
 ))
-dibernardo_deep_cnn_3plus = add(replace(dibernardo_simple_nn_3plus, name='dibernardo_deep_cnn_3plus',
+dibernardo_deep_cnn_3plus = add_recipe(replace(dibernardo_simple_nn_3plus, name='dibernardo_deep_cnn_3plus',
     arch='deep_cnn',                   # Two convolutions of 5 x 5: the reading that meets its count of parameters
     source='Di Bernardo and Schleicher, 3+ types: AUROC 0.93, accuracy 0.922, MSE 0.066'))
-dibernardo_resnet50_3plus = add(replace(dibernardo_simple_nn_3plus, name='dibernardo_resnet50_3plus',
+dibernardo_resnet50_3plus = add_recipe(replace(dibernardo_simple_nn_3plus, name='dibernardo_resnet50_3plus',
     arch='resnet50', softmax=True,     # Two outputs, by its count of parameters
     source='Di Bernardo and Schleicher, 3+ types: AUROC 0.99, accuracy 0.899, MSE 0.069'))
 for _deep in dibernardo_simple_nn_3plus, dibernardo_deep_cnn_3plus, dibernardo_resnet50_3plus:
     for _n in 1, 2:                    # Its figures for these are in a picture alone
-        add(replace(_deep, name=_deep.name.replace('3', str(_n)), min_types=_n, source=f'Di Bernardo and Schleicher, {_n}+ types'))
+        add_recipe(replace(_deep, name=_deep.name.replace('3', str(_n)), min_types=_n, source=f'Di Bernardo and Schleicher, {_n}+ types'))
 
 # %% ../nbs/02_recipes.ipynb #c05311fb
-pyligent_resnet50 = add(Recipe(
+pyligent_resnet50 = add_recipe(Recipe(
     'pyligent_resnet50', source='Pyligent: weighted log loss 0.07895 on the private test set',
     view='windows', windows=('brain', 'subdural', 'brain_bone'),  # "channel 3 image"; the windows are our reading
     arch='resnet50', head='linear', dropout=0.,
@@ -252,14 +252,14 @@ pyligent_resnet50 = add(Recipe(
     schedule='flat', lr=5e-4, lr_decay=0.8, wd=0., eps=1e-7,  # "Decay_rate = 0.8 Learning rate = 5e-4", Adam as Keras sets it
     precision='fp32', flip=False, rotate=0.,
 ))
-pyligent_efficientnet_b4 = add(replace(
+pyligent_efficientnet_b4 = add_recipe(replace(
     pyligent_resnet50, name='pyligent_efficientnet_b4', source='Pyligent: weighted log loss 0.17564 on the private test set, trained on blank images',
     arch='tf_efficientnet_b4.aa_in1k', # timm's, with the weights of the Keras package
     dropout=0.2, sizes=(256,), batch_sizes=(16,), epochs=(6,), lr=1e-4, lr_decay=1.,
 ))
 
 # %% ../nbs/02_recipes.ipynb #c49e9b10
-qiu_vgg19 = add(Recipe(
+qiu_vgg19 = add_recipe(Recipe(
     'qiu_vgg19', source='Qiu et al. 2019, CNN: accuracy 0.868, recall 0.733, precision 0.844, AUC 0.952',
     labels=('any',), view='windows', windows=('brain_bone', 'subdural', 'brain'),
     arch='vgg19', head='qiu', dropout=0.5,  # Two layers of 1,000 units
@@ -268,57 +268,57 @@ qiu_vgg19 = add(Recipe(
     schedule='flat', lr=1e-4, wd=0., eps=1e-7,  # Adam as Keras sets it
     precision='fp32', flip=True, rotate=15., shift=0.1,  # "shifting images around, rotating and mirroring", how far is not told
 ))
-qiu_pca_logistic = add(replace(qiu_vgg19, name='qiu_pca_logistic', kind='pca_logistic', source='Qiu et al. 2019, baseline: accuracy 0.854, recall 0.017'))
-qiu_pca_forest = add(replace(qiu_vgg19, name='qiu_pca_forest', kind='pca_forest', source='Qiu et al. 2019, baseline: accuracy 0.872, recall 0.117'))
-qiu_lrcn = add(Recipe(
+qiu_pca_logistic = add_recipe(replace(qiu_vgg19, name='qiu_pca_logistic', kind='pca_logistic', source='Qiu et al. 2019, baseline: accuracy 0.854, recall 0.017'))
+qiu_pca_forest = add_recipe(replace(qiu_vgg19, name='qiu_pca_forest', kind='pca_forest', source='Qiu et al. 2019, baseline: accuracy 0.872, recall 0.117'))
+qiu_lrcn = add_recipe(Recipe(
     'qiu_lrcn', source='Qiu et al. 2019, LRCN: accuracy 0.877, recall 0.938 (first epoch), precision 0.820, AUC 0.905',
     kind='sequence', parts=('qiu_vgg19',), labels=('any',),
     reader='lstm', units=100, dropout=0.5, dense=(100, 50),  # "reduced the complexity of the dense layers and introduced batch normalization": how far is not told
     sizes=(128,), batch_sizes=(8,), epochs=(50,), schedule='flat', lr=1e-4, wd=0., eps=1e-7, precision='fp32',
 ))
-qiu_attention = add(replace(qiu_lrcn, name='qiu_attention', reader='attention', source='Qiu et al. 2019: "attention mechanisms as an alternative"'))
-qiu_ensemble = add(Recipe('qiu_ensemble', kind='ensemble', parts=('qiu_vgg19', 'qiu_lrcn'), labels=('any',),
+qiu_attention = add_recipe(replace(qiu_lrcn, name='qiu_attention', reader='attention', source='Qiu et al. 2019: "attention mechanisms as an alternative"'))
+qiu_ensemble = add_recipe(Recipe('qiu_ensemble', kind='ensemble', parts=('qiu_vgg19', 'qiu_lrcn'), labels=('any',),
     source='Qiu et al. 2019: "ensembling the CNN and the LSTM components"'))
 
 # %% ../nbs/02_recipes.ipynb #1329c876
-open_windows = add(Recipe(
+open_windows = add_recipe(Recipe(
     'open_windows', source='Di Bernardo and Schleicher: windowing is "highly debated"; here three windows',
     labels=('any',), view='windows', arch='resnet18', sizes=(128,), batch_sizes=(64,), epochs=(5,), lr=1e-3,
 ))
-open_hu = add(replace(open_windows, name='open_hu', source='the other side: all Hounsfield units on one gray scale', windows=('hu',)*3))
-open_balanced = add(replace(open_windows, name='open_balanced', negatives=1.,
+open_hu = add_recipe(replace(open_windows, name='open_hu', source='the other side: all Hounsfield units on one gray scale', windows=('hu',)*3))
+open_balanced = add_recipe(replace(open_windows, name='open_balanced', negatives=1.,
     source='Petkov and Singal, Di Bernardo and Schleicher, Khandelwal et al.: as many slices without a bleed as with, in training only; against open_windows'))
-open_jpeg = add(replace(open_windows, name='open_jpeg', view='jpeg', source='Petkov and Singal, Di Bernardo and Schleicher: the same three windows from JPEG files; against open_windows'))
-open_features = add(Recipe(
+open_jpeg = add_recipe(replace(open_windows, name='open_jpeg', view='jpeg', source='Petkov and Singal, Di Bernardo and Schleicher: the same three windows from JPEG files; against open_windows'))
+open_features = add_recipe(Recipe(
     'open_features', kind='sequence', parts=('open_windows',), labels=('any',), reader='none',
     source='slices without their neighbors, from the features of open_windows: what the next two are measured against',
     sizes=(128,), batch_sizes=(8,), epochs=(10,), lr=1e-3,
 ))
-open_headers = add(replace(open_features, name='open_headers', headers=True,
+open_headers = add_recipe(replace(open_features, name='open_headers', headers=True,
     source='Khandelwal et al., Di Bernardo and Schleicher: images with metadata; against open_features'))
-open_sequence = add(replace(open_features, name='open_sequence', reader='lstm', source='does the sequence help? The same features; against open_features'))
+open_sequence = add_recipe(replace(open_features, name='open_sequence', reader='lstm', source='does the sequence help? The same features; against open_features'))
 
 # %% ../nbs/02_recipes.ipynb #d0e62cd3
-winners_cnn = add(Recipe(
+winners_cnn = add_recipe(Recipe(
     'winners_cnn', source='RSNA 2019, first and second place: a CNN on neighboring slices; their single models are larger and many',
     view='neighbors', arch='resnext50_32x4d', sizes=(256,), batch_sizes=(32,), epochs=(4,), lr=3e-4,
 ))
-winners_gru = add(Recipe(
+winners_gru = add_recipe(Recipe(
     'winners_gru', source='RSNA 2019, first place: weighted log loss 0.04383',
     kind='sequence', parts=('winners_cnn',), reader='gru', units=96, layers=2, differences=True, both_orders=True,  # 2 x 96 (first), differences (second)
     dense=(96,), dropout=0.3, sizes=(256,), batch_sizes=(16,), epochs=(10,), lr=1e-3,
 ))
 
 # %% ../nbs/02_recipes.ipynb #00c0344e
-demo_resnet18 = add(Recipe(
+demo_resnet18 = add_recipe(Recipe(
     'demo_resnet18', source='ours: a first result in minutes on a CPU',
     arch='resnet18', pretrained=False,         # No network in the demo, so no weights to fetch
     view='windows',                            # With so few slices learned faster than 'hist': log loss 0.24 against 0.38 on phantoms
     sizes=(64, 128), batch_sizes=(32, 32),     # Small batches: few slices, so more steps an epoch
     epochs=(10, 2), lr=3e-3, lr_unfrozen=1e-3, # The second cycle starts from what the first has learned
 ))
-demo_densenet121 = add(replace(demo_resnet18, name='demo_densenet121', arch='densenet121', epochs=(6, 1)))  # Twice as slow a slice
-demo_alexnet = add(replace(demo_resnet18, name='demo_alexnet', arch='alexnet', lr=1e-3, lr_unfrozen=3e-4, epochs=(12, 2)))  # No BatchNorm: a lower rate, more epochs
+demo_densenet121 = add_recipe(replace(demo_resnet18, name='demo_densenet121', arch='densenet121', epochs=(6, 1)))  # Twice as slow a slice
+demo_alexnet = add_recipe(replace(demo_resnet18, name='demo_alexnet', arch='alexnet', lr=1e-3, lr_unfrozen=3e-4, epochs=(12, 2)))  # No BatchNorm: a lower rate, more epochs
 
 # %% ../nbs/02_recipes.ipynb #f49776b0
 def get_recipe(

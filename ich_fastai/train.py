@@ -36,7 +36,7 @@ from fastai.optimizer import Adam, OptimWrapper
 from torch.amp import GradScaler
 
 from ._threads import own_cores
-from .core import LABELS, Run, disk_errors, first_process, on_screen, printable, progress, progress_bar, show_progress, write_whole
+from .core import LABELS, Run, disk_errors, first_process, on_screen, printable, progress, stage_bar, show_progress, write_whole
 from .recipes import Recipe, get_recipe
 from .metrics import accuracy_multi, auroc, recall, weighted_log_loss
 from .clean import sizes_of
@@ -107,7 +107,7 @@ def learner_for(
     scale = [LossScale()] if precision_on(dls.device.type, model.precision) == 'fp16' else []
     learn = Learner(dls, model.to(dls.device), loss_func=LabelLoss(recipe), opt_func=optimizer(recipe), lr=recipe.lr or 1e-3, wd=recipe.wd,
                     splitter=splitter or partial(parameter_groups, recipe=recipe), metrics=learner_metrics(recipe), cbs=scale, path=folder/'by_hand')
-    learn.fit = own_cores()(learn.fit)  # On a busy machine, see below
+    if dls.device.type == 'cpu': learn.fit = own_cores()(learn.fit)  # On a busy machine, see below
     return learn
 
 def make_learner(
@@ -136,7 +136,7 @@ class TrainingBar(Callback):
     ): self.label, self.total, self.bar = label, total, None
 
     def before_fit(self):
-        self.bar = progress_bar(total=self.total or self.n_epoch*len(self.dls.train), label=self.label, unit='batch')
+        self.bar = stage_bar(total=self.total or self.n_epoch*len(self.dls.train), label=self.label, unit='batch')
         self.table = on_screen() and not self.total
         if self.table: self._row(self.recorder.metric_names)
 
