@@ -1,5 +1,5 @@
 "Training, side by side with plain fastai: the loader, the step, the whole recipe; a study's prediction; memory"
-import argparse, json, os, shutil, subprocess, sys, tempfile, time, warnings
+import argparse, json, os, shutil, signal, subprocess, sys, tempfile, time, warnings
 os.environ['ICH_QUIET'] = '1'  # No progress bars
 warnings.filterwarnings('ignore')
 from concurrent.futures import ProcessPoolExecutor
@@ -102,23 +102,19 @@ def measure_step(table, job):
 
 # A busy machine
 
-def epoch_seconds(path, size): # Median of a few epochs, after one that does not count
+def busy_costs(path, size, n): # Seconds of an epoch: bound and busy, bound, moving threads, moving and busy; in turns, as a virtual machine is not equally fast for long
     learn = make_learner(path, Recipe(f'busy_{size}', arch='resnet18', pretrained=False, view='windows', sizes=(size,), batch_sizes=(32,)))
-    with learn.no_bar(), learn.no_logging():
-        learn.fit(1, 1e-3)
-        return float(np.median([wall(lambda: learn.fit(1, 1e-3)) for _ in range(3)]))
-
-def measured_epoch(job, size, busy, bound=True): # In a process of its own, beside one that never rests where `busy`
-    other = subprocess.Popen([sys.executable, '-c', 'while True: pass']) if busy else None
+    other = subprocess.Popen([sys.executable, '-c', 'while True: pass'])  # It never rests unless it is stopped
+    def epoch(bound, busy):
+        other.send_signal(signal.SIGCONT if busy else signal.SIGSTOP)
+        with patch.dict('os.environ', {} if bound else dict(OMP_DYNAMIC='false')): return wall(lambda: learn.fit(1, 1e-3))  # OpenMP's default, said by the user: then we leave threads alone
     try:
-        with patch.dict('os.environ', {} if bound else dict(OMP_DYNAMIC='false')): return in_child(epoch_seconds, job.run.path, size)  # The default, said by the user: then we leave threads alone
-    finally:
-        if other: other.kill()
+        with learn.no_bar(), learn.no_logging(): return rounds_of(n, *(partial(epoch, *side) for side in ((True, True), (True, False), (False, False), (False, True))))
+    finally: other.kill()
 
 def measure_busy(table, job):
     for size in (64,) if job.quick else (64, 128):
-        sides = [partial(measured_epoch, job, size, *side) for side in ((True,), (False,), (False, False), (True, False))]
-        costs = rounds_of(1 if job.quick else 3, *sides, warm=False)
+        costs = in_child(busy_costs, job.run.path, size, 2 if job.quick else 7)
         table.within(f'busy_{size}', f'epoch beside one other busy process, against without: resnet18, {size} px', costs[:, [0, 1]], 's', 2.2)
         table.within(f'bound_{size}', f'epoch on an idle machine, a core for each thread, against threads that move: resnet18, {size} px', costs[:, [1, 2]], 's', 1.1)
         table.faster(f'busy_bound_{size}', f'epoch beside one other busy process, a core for each thread, against threads that move: resnet18, {size} px', costs[:, [0, 3]], 's')

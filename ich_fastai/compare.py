@@ -143,7 +143,7 @@ def read_board(
     "What was judged in this run folder so far"
     path = run.path/'leaderboard.csv'
     if not path.exists(): return pd.DataFrame(columns=['board', 'recipe', 'kind', 'seed', *_texts])
-    try: return _with_texts(pd.read_csv(path, dtype=dict.fromkeys(_texts, 'str')))
+    try: return _with_texts(pd.read_csv(path, dtype=dict.fromkeys(_texts, 'str')).copy())  # In one piece, or pandas warns of a wide board
     except (ValueError, OSError) as e: raise CliError(f'{path} is damaged: delete it, and compare again') from e
 
 def _with_texts(board): return board.assign(**{name: board[name].fillna('') if name in board else '' for name in _texts})
