@@ -315,10 +315,10 @@ demo_resnet18 = add_recipe(Recipe(
     arch='resnet18', pretrained=False,         # No network in the demo, so no weights to fetch
     view='windows',                            # With so few slices learned faster than 'hist': log loss 0.24 against 0.38 on phantoms
     sizes=(64, 128), batch_sizes=(32, 32),     # Small batches: few slices, so more steps an epoch
-    epochs=(8, 1), lr=3e-3, lr_unfrozen=1e-3,  # The second cycle starts from what the first has learned
+    epochs=(10, 2), lr=3e-3, lr_unfrozen=1e-3, # The second cycle starts from what the first has learned
 ))
-demo_densenet121 = add_recipe(replace(demo_resnet18, name='demo_densenet121', arch='densenet121', epochs=(4, 1)))  # Twice as slow a slice
-demo_alexnet = add_recipe(replace(demo_resnet18, name='demo_alexnet', arch='alexnet', lr=1e-3, lr_unfrozen=3e-4, epochs=(8, 1)))  # No BatchNorm: a lower rate, more epochs
+demo_densenet121 = add_recipe(replace(demo_resnet18, name='demo_densenet121', arch='densenet121', sizes=(64,), batch_sizes=(32,), epochs=(5,), lr_unfrozen=0.))  # Twice as slow a slice: at 64 px alone
+demo_alexnet = add_recipe(replace(demo_resnet18, name='demo_alexnet', arch='alexnet', lr=1e-3, lr_unfrozen=3e-4, epochs=(12, 2)))  # No BatchNorm: a lower rate, more epochs
 
 # %% ../nbs/02_recipes.ipynb #f49776b0
 def get_recipe(
