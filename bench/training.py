@@ -115,9 +115,9 @@ def busy_costs(path, size, n): # Seconds of an epoch: bound and busy, bound, mov
 def measure_busy(table, job):
     for size in (64,) if job.quick else (64, 128):
         costs = in_child(busy_costs, job.run.path, size, 2 if job.quick else 7)
-        table.within(f'busy_{size}', f'epoch beside one other busy process, against without: resnet18, {size} px', costs[:, [0, 1]], 's', 2.2)
+        table.within(f'busy_{size}', f'epoch beside one busy process of the same session, against without: resnet18, {size} px', costs[:, [0, 1]], 's', 2.2)
         table.within(f'bound_{size}', f'epoch on an idle machine, a core for each thread, against threads that move: resnet18, {size} px', costs[:, [1, 2]], 's', 1.1)
-        table.faster(f'busy_bound_{size}', f'epoch beside one other busy process, a core for each thread, against threads that move: resnet18, {size} px', costs[:, [0, 3]], 's')
+        table.faster(f'busy_bound_{size}', f'epoch beside one busy process of the same session, a core for each thread, against threads that move: resnet18, {size} px', costs[:, [0, 3]], 's')
 
 # What helps on this device
 

@@ -2,10 +2,12 @@
 
 OpenMP splits each step of a training evenly among its threads, and each waits for the last one, spinning. On an idle machine this is the fastest
 there is. Where another process wants a core, the scheduler moves the threads about, often two of them onto one core, where one spins while the
-other has work: a training on two cores then takes three to ten times as long. Bound to a core each, they share with the other process no more
-than that one core, and it takes twice as long; alone, a training is as fast as before (bench/training.py measures both). Shorter spinning
-(GOMP_SPINCOUNT, OMP_WAIT_POLICY) gave nothing that we could measure, as oneDNN spins by itself. Fewer threads are as good on a busy machine and
-slower on an idle one, and round differently: the same seed would give other weights, depending on who else was at work.
+other has work: a training on two cores then takes from three to fifty times as long. Bound to a core each, they share with the other process
+no more than that one core, and alone a training is as fast as before (bench/training.py). On two cores it then takes twice as long beside a
+process of the same session. Beside one of another session, where the kernel groups them (sched_autogroup), a thread is left a third of the core
+it shares, and it takes three times as long. Shorter spinning (GOMP_SPINCOUNT, OMP_WAIT_POLICY) changes that little, as oneDNN spins by itself.
+One thread would take 1.7 times as long, but is as slow on an idle machine, and rounds differently: the same seed would give other weights,
+depending on who else was at work.
 
 OMP_PROC_BIND binds for the whole life of a process, and all processes that it starts inherit the first thread's core; so we bind while a training
 runs, through libgomp's own entry point, which runs a function in each thread of the pool. Tested in nbs/23_train.ipynb
