@@ -3,6 +3,7 @@ import argparse, json, os, shutil, signal, subprocess, sys, tempfile, time, warn
 os.environ['ICH_QUIET'] = '1'  # No progress bars
 warnings.filterwarnings('ignore')
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -14,6 +15,7 @@ from unittest.mock import patch
 import numpy as np
 import pandas as pd
 import torch
+from ich_fastai._threads import own_cores
 from ich_fastai.clean import Store, export_jpegs
 from ich_fastai.core import TYPES, Run, keep_freed_memory
 from ich_fastai.data import hist_bins, make_loader, phantom_run, task_slices
@@ -102,22 +104,33 @@ def measure_step(table, job):
 
 # A busy machine
 
-def busy_costs(path, size, n): # Seconds of an epoch: bound and busy, bound, moving threads, moving and busy; in turns, as a virtual machine is not equally fast for long
+def hog(own_session): # A process that never rests unless it is stopped
+    return subprocess.Popen([sys.executable, '-c', 'while True: pass'], start_new_session=own_session)
+
+def as_before(): # OpenMP's default, said by the user: then we leave threads alone
+    return patch.dict('os.environ', OMP_DYNAMIC='false')
+
+def busy_costs(path, size, n): # Seconds of an epoch by side; in turns, as a virtual machine is not equally fast for long
     learn = make_learner(path, Recipe(f'busy_{size}', arch='resnet18', pretrained=False, view='windows', sizes=(size,), batch_sizes=(32,)))
-    other = subprocess.Popen([sys.executable, '-c', 'while True: pass'])  # It never rests unless it is stopped
-    def epoch(bound, busy):
-        other.send_signal(signal.SIGCONT if busy else signal.SIGSTOP)
-        with patch.dict('os.environ', {} if bound else dict(OMP_DYNAMIC='false')): return wall(lambda: learn.fit(1, 1e-3))  # OpenMP's default, said by the user: then we leave threads alone
+    same, other = hogs = hog(False), hog(True)
+    def epoch(threads, busy):
+        for h in hogs: h.send_signal(signal.SIGCONT if h is busy else signal.SIGSTOP)
+        with threads(): return wall(lambda: learn.fit(1, 1e-3))
+    sides = (nullcontext, other), (nullcontext, same), (nullcontext, None), (as_before, None), (partial(own_cores, 0), other), (as_before, same)
     try:
-        with learn.no_bar(), learn.no_logging(): return rounds_of(n, *(partial(epoch, *side) for side in ((True, True), (True, False), (False, False), (False, True))))
-    finally: other.kill()
+        with learn.no_bar(), learn.no_logging(): return rounds_of(n, *(partial(epoch, *side) for side in sides))
+    finally:
+        for h in hogs: h.kill()
 
 def measure_busy(table, job):
     for size in (64,) if job.quick else (64, 128):
         costs = in_child(busy_costs, job.run.path, size, 2 if job.quick else 7)
-        table.within(f'busy_{size}', f'epoch beside one busy process of the same session, against without: resnet18, {size} px', costs[:, [0, 1]], 's', 2.2)
-        table.within(f'bound_{size}', f'epoch on an idle machine, a core for each thread, against threads that move: resnet18, {size} px', costs[:, [1, 2]], 's', 1.1)
-        table.faster(f'busy_bound_{size}', f'epoch beside one busy process of the same session, a core for each thread, against threads that move: resnet18, {size} px', costs[:, [0, 3]], 's')
+        net = f'resnet18, {size} px'
+        table.within(f'busy_{size}', f'epoch beside a busy process of another session, against without: {net}', costs[:, [0, 2]], 's', 2.2)
+        table.within(f'busy_same_{size}', f'epoch beside a busy process of the same session, against without: {net}', costs[:, [1, 2]], 's', 2.2)
+        table.within(f'bound_{size}', f'epoch on an idle machine, our threads against OpenMP\'s: {net}', costs[:, [2, 3]], 's', 1.1)
+        table.faster(f'busy_late_{size}', f'epoch beside a busy process of another session, one that is seen against one that came after the fit began: {net}', costs[:, [0, 4]], 's')
+        table.faster(f'busy_bound_{size}', f'epoch beside a busy process of the same session, our threads against OpenMP\'s: {net}', costs[:, [1, 5]], 's')
 
 # What helps on this device
 

@@ -779,6 +779,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'ich_fastai.train._cut_logs': ('train.html#_cut_logs', 'ich_fastai/train.py'),
                                   'ich_fastai.train._digest': ('train.html#_digest', 'ich_fastai/train.py'),
                                   'ich_fastai.train._file_hash': ('train.html#_file_hash', 'ich_fastai/train.py'),
+                                  'ich_fastai.train._free_cores': ('train.html#_free_cores', 'ich_fastai/train.py'),
                                   'ich_fastai.train._hashed': ('train.html#_hashed', 'ich_fastai/train.py'),
                                   'ich_fastai.train._journal': ('train.html#_journal', 'ich_fastai/train.py'),
                                   'ich_fastai.train._last_good': ('train.html#_last_good', 'ich_fastai/train.py'),

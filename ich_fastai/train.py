@@ -36,7 +36,7 @@ from fastai.optimizer import Adam, OptimWrapper
 from torch.amp import GradScaler
 
 from ._threads import own_cores
-from .core import LABELS, Run, disk_errors, first_process, on_screen, printable, progress, stage_bar, show_progress, write_whole
+from .core import LABELS, Run, disk_errors, first_process, on_screen, printable, progress, say, stage_bar, show_progress, write_whole
 from .recipes import Recipe, get_recipe
 from .metrics import accuracy_multi, auroc, recall, weighted_log_loss
 from .clean import sizes_of
@@ -394,7 +394,10 @@ class Checkpoint(Callback):
         state:dict=None, # From `read_checkpoint`, to go on in the middle of the stage
         writes:bool=True, # Only one of several processes does
         recipe:str='', # To go on with no other one
-    ): self.folder, self.stage, self.marks, self.minutes, self.state, self.writes, self.recipe = Path(folder), stage, marks, minutes, state, writes, recipe
+        spared:int=0, # Cores left to other processes, from `own_cores`
+    ):
+        self.folder, self.stage, self.marks, self.minutes = Path(folder), stage, marks, minutes
+        self.state, self.writes, self.recipe, self.spared = state, writes, recipe, spared
 
     def before_fit(self):
         self.saved_at, self.best = perf_counter(), float('inf')
@@ -445,7 +448,7 @@ class Checkpoint(Callback):
 
     def _state(self):
         opt, scaler, smooth = self.opt.state_dict(), getattr(self.learn, 'scaler', None), self.recorder.smooth_loss
-        return dict(stage=self.stage.number, recipe=self.recipe, marks=self.marks, best=self.best, random=_random_state(), scaler=scaler and scaler.state_dict(),
+        return dict(stage=self.stage.number, recipe=self.recipe, spared=self.spared, marks=self.marks, best=self.best, random=_random_state(), scaler=scaler and scaler.state_dict(),
                     opt=_plain(opt), at=(self.pct_train, self.train_iter), smooth=(smooth.count, float(smooth.val)), step=self.step_losses.step,
                     images=self.history.images, seconds=perf_counter() - self.history.start)
 
@@ -542,15 +545,29 @@ def train_stages(
     if state: load_weights(learn.model, state['weights'])
     for stage in plan[state['stage'] if state else 0:]:
         learn.dls = loaders(run, recipe, stage.size, stage.bs, seed, stage.number)
-        if state and state['epoch'] == stage.epochs: state = None  # This one was finished
-        else:
+        finished = state and state['epoch'] == stage.epochs
+        if not finished:
             set_seed(seed + 1000*stage.number)
-            keep = [SameData(run, marks, recipe, seed), Checkpoint(kept, stage, marks, minutes, state, writes, str(recipe)), *([*_journal(folder, stage), *cbs] if writes else [])]
+            called = _called(recipe, stage, plan)
             try:
-                with training_bar(learn, _called(recipe, stage, plan)): fit_stage(learn, stage, keep, state['epoch'] if state else 0)
+                with _free_cores(learn, state, called) as spared, training_bar(learn, called):
+                    save = Checkpoint(kept, stage, marks, minutes, state, writes, str(recipe), spared)
+                    journal = [*_journal(folder, stage), *cbs] if writes else []
+                    fit_stage(learn, stage, [SameData(run, marks, recipe, seed), save, *journal], state['epoch'] if state else 0)
             except CliError as e: raise CliError(f'{e}{_last_good(kept)}') from e
-            state = None
+        state = None
     return learn
+
+@contextmanager
+def _free_cores(learn, state, called):
+    "On a CPU: train on the cores that are free, as many as before where a stage is resumed"
+    if learn.dls.device.type != 'cpu':
+        yield 0
+        return
+    with own_cores(state and state.get('spared')) as spared:
+        n = torch.get_num_threads()
+        if spared: say(f'{called}: on {n} of {n + spared} cores, {"as it began" if state else "as other processes keep the rest busy"}')
+        yield spared
 
 def _called(recipe, stage, plan):
     number = f', stage {stage.number + 1} of {len(plan)}' if len(plan) > 1 else ''
