@@ -267,7 +267,7 @@ def clean_images(
     if same: index.attrs['sizes'] = sorted({*index.attrs['sizes'], *sizes_of(before)})
     sizes = index.attrs['sizes']
     with disk_errors(dest): _begin(dest, n_parts, sizes, same)
-    boxes = in_order(partial(_clean_part, dest=dest, sizes=sizes, max_mb=max_mb), _jobs(metadata), n_workers, executor, 'cleaning slices', n_parts, 'part')
+    boxes = in_order(partial(_clean_part, dest=dest, sizes=sizes, max_mb=max_mb), _jobs(metadata), n_workers, executor, 'cleaning slices', len(metadata), 'slice', SLICES_A_PART)
     index[['top', 'left', 'side']] = np.concatenate(list(boxes))
     with write_whole(dest/'index.parquet') as part: index.to_parquet(part, row_group_size=4096)
     return index

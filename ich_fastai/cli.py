@@ -188,7 +188,10 @@ def _tell_estimate(src, run, n_workers):
         f'about {_duration(expected["read_seconds"])} to read and {_duration(expected["clean_seconds"])} to clean with {n_workers or 1} processes, judged by the time of a hundred files',
         'it fits; nothing was written' if fits else 'it does NOT fit: choose another disk, or fewer files; nothing was written')
 
-def _duration(seconds): return f'{seconds/3600:.1f} hours' if seconds > 5400 else f'{seconds/60:.0f} minutes' if seconds > 90 else f'{seconds:.0f} seconds'
+def _duration(seconds):
+    if seconds > 5400: return f'{seconds/3600:.1f} hours'
+    if seconds > 90: return f'{seconds/60:.0f} minutes'
+    return f'{seconds:.0f} seconds' if seconds > 5 else 'a few seconds'
 
 # %% ../nbs/50_cli.ipynb #45efadee
 @command('ich-metadata rsna/stage_2_train run --labels rsna/stage_2_train.csv', 'ich-metadata /data/ct run --dry                      # what it will take; writes nothing',

@@ -13,7 +13,7 @@ import errno, json, logging, os, platform, re, secrets
 from collections import deque, namedtuple
 from contextlib import contextmanager
 from difflib import get_close_matches
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.metadata import version, PackageNotFoundError
 from pathlib import Path
 
@@ -117,7 +117,7 @@ def _line_a_while():
     from tqdm import tqdm
     class Lines(tqdm):
         def __init__(self, *args, **kw):
-            layout = '{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]'
+            layout = '{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}{postfix}]'
             super().__init__(*args, **kw, mininterval=30, miniters=1, bar_format=layout)
 
         def display(self, msg=None, pos=None): print(self, file=self.fp, flush=True)
@@ -138,7 +138,7 @@ def stage_bar(
     "A stage's progress: a living line on a terminal and in Jupyter, lines now and then elsewhere, nothing where `show_progress` is False"
     import shutil, sys
     from tqdm import tqdm
-    kind = tqdm if on_screen() else _line_a_while()
+    kind = partial(tqdm, bar_format='{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}{postfix}]') if on_screen() else _line_a_while()
     width = dict(dynamic_ncols=True) if shutil.get_terminal_size((0, 0)).columns else dict(ncols=80, nrows=24)  # Some terminals have no size
     return kind(items, total=total, desc=label, unit=f' {unit}', file=sys.stdout, disable=not show_progress(), **width)
 
@@ -147,9 +147,17 @@ def progress(
     total:int=None, # How many there are, where `len` does not tell
     label:str='', # What is being done
     unit:str='it', # What is counted
+    each:int=1, # How many of them an item has; the last one may have fewer
 ):
     "`items`, with a progress bar where progress is shown"
-    return stage_bar(items, total, label, unit) if show_progress() else items
+    if not show_progress(): return items
+    return stage_bar(items, total, label, unit) if each == 1 else _by_lots(items, stage_bar(None, total, label, unit), each)
+
+def _by_lots(items, bar, each):
+    with bar:
+        for item in items:
+            yield item
+            bar.update(min(each, bar.total - bar.n))
 
 # %% ../nbs/00_core.ipynb #77c22a56
 def _leave_with_parent():
@@ -210,16 +218,17 @@ def in_order(
     n_workers:int=2, # Processes; 0 works in this one
     executor=None, # A running `Executor` to use instead
     label:str='', # For the progress bar
-    total:int=None, # How many items, where `len` does not tell
-    unit:str='it', # What an item is, for the progress bar
+    total:int=None, # How many units, where `len` does not tell
+    unit:str='it', # What the progress bar counts
+    each:int=1, # How many units an item has
 ):
     "`fn` of each item, in the order of the items"
     check_options(n_workers=n_workers)
     if total is None: total = len(items)
     if executor is None and n_workers:
-        with _pool(n_workers) as pool: yield from in_order(fn, items, executor=pool, label=label, total=total, unit=unit)
-    elif executor is None: yield from progress(map(fn, items), total, label, unit)
-    else: yield from progress(ahead(executor, fn, items, 4*getattr(executor, '_max_workers', 64)), total, label, unit)
+        with _pool(n_workers) as pool: yield from in_order(fn, items, executor=pool, label=label, total=total, unit=unit, each=each)
+    elif executor is None: yield from progress(map(fn, items), total, label, unit, each)
+    else: yield from progress(ahead(executor, fn, items, 4*getattr(executor, '_max_workers', 64)), total, label, unit, each)
 
 # %% ../nbs/00_core.ipynb #c81c9c36
 def hardware()->dict: # cpu, cores, memory in GiB, GPU

@@ -128,6 +128,11 @@ def _lots(files):
     size = min(max(len(files)//32, 16), 512)
     return [files[i:i+size] for i in range(0, len(files), size)]
 
+def _in_lots(read, files, n_workers, executor):
+    "What `read` makes of each lot of `files`"
+    lots = _lots(files)
+    return list(in_order(read, lots, n_workers, executor, 'reading files', len(files), 'file', len(lots[0])))
+
 def _stamp(fname):
     "What tells a file, or the archive around it, from a later one of the same name"
     try: status = os.stat((_archive_of(fname) or [fname])[0])
@@ -284,9 +289,11 @@ def _join(files, dest, index, mend):
 def _write_frame(dest, parts, kinds, rows, index, mend, computed=None):
     "Columns of the lots, at `rows` and in their order, as Parquet"
     names = list(kinds)
-    groups = [{name: kinds[name] for name in some} for some in chunked(names, max(CELLS//max(len(rows), 1), 4))]
+    at_once = max(CELLS//max(len(rows), 1), 4)
+    groups = [{name: kinds[name] for name in some} for some in chunked(names, at_once)]
     with disk_errors(dest), tempfile.TemporaryDirectory(dir=Path(parts[0]).parent) as folder:
-        files = [_put_down(f'{folder}/{i}', _gather(parts, group, rows)) for i, group in enumerate(progress(groups, label=f'writing {Path(dest).name}', unit='group'))]
+        shown = progress(groups, len(names), f'writing {Path(dest).name}', 'column', at_once)
+        files = [_put_down(f'{folder}/{i}', _gather(parts, group, rows)) for i, group in enumerate(shown)]
         if computed is not None: files.append(_put_down(f'{folder}/computed', computed))
         _join(files, dest, index, mend)
 
@@ -336,7 +343,7 @@ def write_metadata(
 )->tuple: # (slices, errors), how many
     "Read any number of files into two Parquet files, with little memory, and on from where an interrupted run stopped"
     read = partial(_read_lot, folder=str(lots), keep_phi=keep_phi, max_mb=max_mb)
-    parts = list(in_order(read, _lots(find_files(source)), n_workers, executor, 'reading files', unit='lot'))
+    parts = _in_lots(read, find_files(source), n_workers, executor)
     plans = _plan_frames(parts, deidentify)
     for dest, plan in zip((errors_file, metadata_file), plans): _write_frame(dest, parts, *plan)
     return tuple(len(rows) for _, rows, *_ in reversed(plans))
@@ -351,6 +358,6 @@ def read_metadata(
 )->tuple: # (metadata, errors), two frames by `image` and by `fname`
     "Every CT slice in the files as a row, in the order of the head, and every other file with the reason"
     read = partial(_read_table, keep_phi=keep_phi, max_mb=max_mb)
-    parts = list(in_order(read, _lots(find_files(folder_or_files)), n_workers, executor, 'reading files', unit='lot'))
+    parts = _in_lots(read, find_files(folder_or_files), n_workers, executor)
     errors, metadata = (_frame(parts, *plan) for plan in _plan_frames(parts, deidentify))
     return metadata, errors

@@ -315,7 +315,7 @@ demo_resnet18 = add_recipe(Recipe(
     arch='resnet18', pretrained=False,         # No network in the demo, so no weights to fetch
     view='windows',                            # With so few slices learned faster than 'hist': log loss 0.24 against 0.38 on phantoms
     sizes=(64, 128), batch_sizes=(32, 32),     # Small batches: few slices, so more steps an epoch
-    epochs=(10, 2), lr=3e-3, lr_unfrozen=1e-3, # The second cycle starts from what the first has learned
+    epochs=(10, 1), lr=3e-3, lr_unfrozen=1e-3, # The second cycle starts from what the first has learned; a second epoch of it gives no more
 ))
 demo_densenet121 = add_recipe(replace(demo_resnet18, name='demo_densenet121', arch='densenet121', sizes=(64,), batch_sizes=(32,), epochs=(5,), lr_unfrozen=0.))  # Twice as slow a slice: at 64 px alone
 demo_alexnet = add_recipe(replace(demo_resnet18, name='demo_alexnet', arch='alexnet', lr=1e-3, lr_unfrozen=3e-4, epochs=(12, 2)))  # No BatchNorm: a lower rate, more epochs

@@ -62,7 +62,7 @@ def cnn_features(
     kept.mkdir(parents=True, exist_ok=True)
     sweep(kept)
     model = bundle.model.to(default_device()).eval()
-    for start in progress(range(0, n, SLICES_A_FILE), label='features', unit='part'):
+    for start in progress(range(0, n, SLICES_A_FILE), n, 'features', 'slice', SLICES_A_FILE):
         path = kept/f'part-{start//SLICES_A_FILE:05d}.npy'
         if path.exists(): continue
         dl = make_loader(store, bundle.recipe, bundle.bins, np.arange(start, min(start + SLICES_A_FILE, n)), bundle.size, bs)

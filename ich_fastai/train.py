@@ -570,7 +570,7 @@ def _free_cores(learn, state, called):
         yield spared
 
 def _called(recipe, stage, plan):
-    number = f', stage {stage.number + 1} of {len(plan)}' if len(plan) > 1 else ''
+    number = f', stage {stage.number + 1}/{len(plan)}' if len(plan) > 1 else ''
     return f'{recipe.name}{number}, {stage.size} px{", frozen" if stage.frozen else ""}'
 
 def _journal(folder, stage):
