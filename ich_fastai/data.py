@@ -34,7 +34,7 @@ from .core import LABELS, WINDOWS, Run, ahead, keep_freed_memory
 from .recipes import Recipe, get_recipe
 from .dicom import freqhist_bins, hist_lut, window_lut
 from .phantom import PREVALENCE, write_phantoms
-from .metadata import read_metadata
+from .metadata import read_metadata, series_codes
 from .labels import check_patients, read_labels, split_patients, subset
 from .clean import JpegStore, Store, clean_images, export_jpegs, source_size
 
@@ -145,7 +145,7 @@ def neighbors(
     index:pd.DataFrame, # The store's, in its order
 )->np.ndarray: # Positions [n, 3]: previous, this, next
     "Each slice with the one before and after it in its series, itself at the ends"
-    series, here = pd.factorize(index['SeriesInstanceUID'])[0], np.arange(len(index))
+    series, here = series_codes(index), np.arange(len(index))
     same = series[1:] == series[:-1]
     return np.stack([here - np.append(False, same), here, here + np.append(same, False)], axis=1)
 

@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['MAX_MB', 'MAX_ELEMENTS', 'SMALL', 'LONG', 'MAX_DIRECTORY', 'MAX_KEYS', 'MAX_VALUES', 'MAX_TEXT', 'MAX_SEQUENCE',
-           'MIN_SIDE', 'MAX_FRAMES', 'DECODE_SECONDS', 'Histogram', 'WRAP', 'WRAPPED_AIR', 'PADDING', 'HU_MIN',
-           'HU_MAX', 'Refused', 'open_zip', 'read_dicom', 'header', 'n_frames', 'stored_pixels', 'histogram',
-           'pixel_stats', 'wrap_state', 'rescale', 'functional_groups', 'shared_groups', 'hu', 'slice_rows',
-           'window_lut', 'freqhist_bins', 'hist_lut']
+           'MIN_SIDE', 'MAX_FRAMES', 'DECODE_SECONDS', 'Histogram', 'WRAP', 'WRAPPED_AIR', 'PADDING', 'AIR', 'BRIGHT',
+           'HU_MIN', 'HU_MAX', 'Refused', 'open_zip', 'read_dicom', 'header', 'n_frames', 'stored_pixels', 'histogram',
+           'pixel_stats', 'wrap_state', 'functional_groups', 'shared_groups', 'Scale', 'rescale', 'scaling', 'hu',
+           'slice_rows', 'window_lut', 'freqhist_bins', 'hist_lut']
 
 # %% ../nbs/10_dicom.ipynb #299610aa
 import atexit, io, json, os, re, stat, struct, subprocess, sys, threading, warnings, zipfile, zlib
 from collections import namedtuple
 from contextlib import contextmanager, suppress
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pydicom
@@ -25,7 +26,7 @@ from pydicom.encaps import encapsulate, get_frame
 from pydicom.filereader import read_dataset
 from pydicom.multival import MultiValue
 from pydicom.tag import Tag
-from pydicom.uid import UID, ImplicitVRLittleEndian
+from pydicom.uid import UID, ImplicitVRLittleEndian, JPEG2000TransferSyntaxes, JPEGExtended12Bit, RLELossless
 from .core import WINDOWS, Window, printable
 
 # %% ../nbs/10_dicom.ipynb #dcdb4fee
@@ -58,9 +59,13 @@ def _inflated(data, start, max_bytes):
     if unpack.unconsumed_tail: raise Refused('TooLarge', f'inflates to more than {max_bytes >> 20:,} MB: raise `--max-mb` if that is right')
     return data[:start].replace(b'1.2.840.10008.1.2.1.99', b'1.2.840.10008.1.2.1\0\0\0') + rest
 
-def _looks_like_dicom(head):
-    "A preamble, or a first tag of group 2 or 8 in either byte order"
-    return head[128:132] == b'DICM' or head[:2] in (b'\2\0', b'\x08\0', b'\0\2', b'\0\x08')
+_packed = {b'\x1f\x8b': 'packed with gzip: unpack it first', b'PK\3\4': 'a zip archive in a zip archive: unpack it first'}
+
+def _check_beginning(head, inside=False):
+    "Refuse what has neither a preamble, nor a first tag of group 2 or 8 in either byte order"
+    if head[128:132] == b'DICM' or head[:2] in (b'\2\0', b'\x08\0', b'\0\2', b'\0\x08'): return
+    why = next((why for begins, why in _packed.items() if head.startswith(begins) and (inside or begins != b'PK\3\4')), 'not a DICOM file')
+    raise Refused('NotDicom', why)
 
 _plain_syntaxes = {b'1.2.840.10008.1.2': True, b'1.2.840.10008.1.2.1': False}  # Little-endian, uncompressed: is the value representation implicit?
 SMALL, LONG = 4 << 20, 1 << 16  # Bytes: such a file cannot hold a million elements; such a value is not copied
@@ -80,7 +85,7 @@ def _parse_plain(data):
 
 def _parse(data, max_bytes):
     "The dataset in a file's bytes"
-    if not _looks_like_dicom(data[:132]): raise Refused('NotDicom', 'not a DICOM file')
+    _check_beginning(data[:132])
     gate = _Gate(data)
     try: ds = pydicom.dcmread(gate, force=True)
     except _Deflated: return _parse(_inflated(data, gate.tell(), max_bytes), max_bytes)
@@ -126,7 +131,7 @@ def _member_bytes(archive, member, max_bytes):
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED): raise Refused('Unreadable', 'packed by a method other than deflate: unpack the archive first')
     with z.open(info) as f:
         head = f.read(132)
-        if not _looks_like_dicom(head): raise Refused('NotDicom', 'not a DICOM file')
+        _check_beginning(head, inside=True)
         _within(info.file_size, max_bytes)
         return head + f.read(info.file_size - len(head))  # Asked for so many, it unpacks no more, whatever is there
 
@@ -135,7 +140,7 @@ def _file_bytes(path, max_bytes):
     if not stat.S_ISREG(status.st_mode): raise Refused('Unreadable', 'not a regular file')
     with open(path, 'rb', buffering=0) as f:
         head = f.read(min(status.st_size, SMALL))
-        if not _looks_like_dicom(head): raise Refused('NotDicom', 'not a DICOM file')
+        _check_beginning(head)
         _within(status.st_size, max_bytes)
         return head + f.read() if status.st_size > SMALL else head
 
@@ -197,6 +202,7 @@ def _from_bytes(vr, value, little):
     if vr in _whole_texts: return [text]
     parts = text.split('\\')
     if vr in _texts: return [p.strip('\0 ') if vr == 'AE' else p.rstrip('\0 ') for p in parts]
+    if vr == 'DS': parts = [p.replace(',', '.') for p in parts]  # Some systems write a decimal comma
     if vr in _number_text and all(parts): return [_number_text[vr](p) for p in parts]
 
 def _by_pydicom(ds, tag, raw):
@@ -270,10 +276,19 @@ def n_frames(ds)->int:
 
 def _pixel_value(ds):
     raw = ds.get_item('PixelData')
+    if raw is None and ('FloatPixelData' in ds or 'DoubleFloatPixelData' in ds): raise Refused('NoHU', 'pixels in floating point, as parametric maps have them: not CT')
     if raw is None: raise Refused('NoPixels', 'no pixel data')
     return raw.value if raw.value is not None else b''
 
-def _syntax(ds): return getattr(ds, 'file_meta', {}).get('TransferSyntaxUID') or ImplicitVRLittleEndian
+def _syntax(ds):
+    syntax = getattr(ds, 'file_meta', {}).get('TransferSyntaxUID') or ImplicitVRLittleEndian
+    if syntax.is_private or not syntax.is_transfer_syntax: raise Refused('Undecodable', f'{_named(syntax)}: export it again in a standard one')
+    return syntax
+
+def _named(syntax):
+    "A transfer syntax, fit to print"
+    if not re.fullmatch(r'[0-9.]{5,64}', syntax): return 'an unknown transfer syntax'
+    return f'the private transfer syntax {syntax}' if syntax.is_private else f'the transfer syntax {syntax} ({syntax.name})' if syntax.name != syntax else f'the unknown transfer syntax {syntax}'
 
 def _check_pixels(ds, max_bytes):
     "(rows, columns, bits allocated, signed, frames) of pixels that can be CT"
@@ -300,13 +315,27 @@ def _all_bits(ds, frame, max_mb):
     "The stored values, and what may lie beyond BitsStored"
     rows, columns, bits, signed, frames = _check_pixels(ds, max_mb << 20)
     if not 1 <= frame <= frames: raise Refused('NoPixels', f'has no frame {frame}, it has {frames}')
-    syntax, kind = _syntax(ds), '<i2' if signed else '<u2'
-    if syntax.is_encapsulated: return _decoded_outside(ds, frame, max_mb).astype(kind, copy=False)
+    syntax = _syntax(ds)
+    if syntax.is_encapsulated:
+        values = _decoded_outside(ds, frame, max_mb)
+        values = values.astype(f'<{values.dtype.kind}2', copy=False)
+        return _at_lower_end(ds, values) if syntax == RLELossless else values
     size, data = rows*columns*bits//8, _pixel_value(ds)
+    if len(data) < size*frames and bytes(data[:4]) in _compressed: raise Refused('Undecodable', 'the pixels are compressed, but the transfer syntax is of uncompressed ones: export it again')
     _check_length(len(data), size, frames)
-    data = data[(frame-1)*size:frame*size]
-    if bits == 8: return np.frombuffer(data, 'i1' if signed else 'u1').reshape(rows, columns).astype(kind)
-    return np.frombuffer(data, kind if syntax.is_little_endian else kind.replace('<', '>')).reshape(rows, columns).astype(kind, copy=False)
+    kind = f'{"<" if syntax.is_little_endian else ">"}{"i" if signed else "u"}{bits//8}'
+    values = np.frombuffer(data[(frame-1)*size:frame*size], kind).reshape(rows, columns)
+    return _at_lower_end(ds, values.astype(f'<{values.dtype.kind}2', copy=False))
+
+_compressed = b'\xfe\xff\x00\xe0', b'\xff\x4f\xff\x51', b'\xff\xd8\xff\xe0', b'\xff\xd8\xff\xf7', b'\xff\xd8\xff\xc1', b'\xff\xd8\xff\xc3', b'\0\0\0\x0c'  # An item; JPEG 2000, JPEG, JPEG-LS, JP2
+
+def _at_lower_end(ds, values):
+    "Values that HighBit puts at the upper end of their bits, moved to the lower one"
+    stored, high = _first(ds, 'BitsStored'), _first(ds, 'HighBit')
+    if not (isinstance(stored, int) and isinstance(high, int) and 0 < stored <= high < 16): return values
+    lowest, highest = _limits(stored, values.dtype)
+    if lowest <= values.min() and values.max() <= highest and (values & (1 << high + 1 - stored) - 1).any(): return values  # HighBit is wrong: they are there already
+    return values << 15 - high >> 16 - stored
 
 def _without_unused_bits(values, stored):
     "What lies beyond BitsStored is not the value: an overlay in old files, or a sign that was not extended"
@@ -365,13 +394,43 @@ def _decode_requests(requests, answers, max_mb):
 def _decoded(facts, data):
     "One frame, by pydicom and its plugins"
     from pydicom.pixels import pixel_array
+    from pydicom.pixels.utils import get_j2k_parameters
     ds = Dataset()
     ds.file_meta = FileMetaDataset()
     ds.file_meta.TransferSyntaxUID = UID(facts['syntax'])
     for key in _described:
         if facts[key] is not None: setattr(ds, key, facts[key])
     ds.PixelData = data
+    if facts['syntax'] == JPEGExtended12Bit and facts['BitsStored'] != 8: return _by_gdcm(facts, get_frame(data, 0, number_of_frames=1))
+    stream = get_j2k_parameters(get_frame(data, 0, number_of_frames=1)) if facts['syntax'] in JPEG2000TransferSyntaxes else {}
+    if stream: ds.PixelRepresentation = int(stream['is_signed'])  # Where the header says otherwise, the stream is right
     return np.ascontiguousarray(pixel_array(ds, index=0))
+
+def _by_gdcm(facts, stream):
+    "A frame of 12 bits in JPEG Extended, which pydicom's way to GDCM refuses"
+    import gdcm
+    fragment, fragments = gdcm.Fragment(), gdcm.SequenceOfFragments.New()
+    fragment.SetByteStringValue(stream)
+    fragments.AddFragment(fragment)
+    pixels = gdcm.DataElement(gdcm.Tag(0x7fe0, 0x0010))
+    pixels.SetValue(fragments.__ref__())
+    image, signed = gdcm.Image(), facts['PixelRepresentation'] == 1
+    image.SetNumberOfDimensions(2)
+    image.SetDimensions((facts['Columns'], facts['Rows'], 1))
+    image.SetDataElement(pixels)
+    image.SetPhotometricInterpretation(gdcm.PhotometricInterpretation(gdcm.PhotometricInterpretation.MONOCHROME2))
+    image.SetTransferSyntax(gdcm.TransferSyntax(gdcm.TransferSyntax.JPEGExtendedProcess2_4))
+    image.SetPixelFormat(gdcm.PixelFormat(1, facts['BitsAllocated'], facts['BitsStored'], facts['BitsStored'] - 1, int(signed)))
+    values = np.frombuffer(image.GetBuffer().encode('utf-8', 'surrogateescape'), '<i2' if signed else '<u2')
+    return values.reshape(facts['Rows'], facts['Columns'])
+
+@lru_cache(32)
+def _check_decoder(syntax):
+    "Refuse a transfer syntax that nothing here decodes"
+    from pydicom.pixels import get_decoder
+    try: available = get_decoder(syntax).is_available
+    except NotImplementedError: available = False
+    if not available: raise Refused('Undecodable', f'{_named(syntax)} cannot be decoded here: export it uncompressed')
 
 def _start_decoder(max_mb):
     code = f'import sys; from ich_fastai.dicom import _decode_requests; _decode_requests(sys.stdin.buffer, sys.stdout.buffer, {int(max_mb)})'
@@ -390,6 +449,7 @@ def _stop_decoder():
 
 def _decoded_outside(ds, frame, max_mb):
     "One frame, by the decoder's process"
+    _check_decoder(_syntax(ds))
     facts = {key: _first(ds, key) for key in _described} | dict(syntax=str(_syntax(ds)), NumberOfFrames=1)
     data, frames = bytes(_pixel_value(ds)), n_frames(ds)
     if frames > 1: data = encapsulate([get_frame(data, frame - 1, number_of_frames=frames)])
@@ -428,18 +488,29 @@ def pixel_stats(
     window:Window=WINDOWS['brain'], # For `img_pct_window`
 )->dict: # img_min, img_max, img_mean, img_std of the stored values; img_pct_window: share of pixels in the window
     "fastai's summary of the pixels, exactly"
+    return _stats(h, h.values*slope + intercept, window)
+
+def _stats(h, hu, window=WINDOWS['brain']):
     weighted = h.counts*h.values
     n, s, s2 = int(h.counts.sum()), int(weighted.sum()), int((weighted*h.values).sum())
-    hu, half = h.values*slope + intercept, window.width//2
+    half = window.width//2
     inside = (hu > window.level - half) & (hu < window.level + half)  # Strict at both ends, as fastai's `pct_in_window`
     return dict(img_min=int(h.values[0]), img_max=int(h.values[-1]), img_mean=s/n, img_std=(n*s2 - s*s)**.5/n,
                 img_pct_window=float(h.counts[inside].sum()/n))
 
 # %% ../nbs/10_dicom.ipynb #d6eb9b7f
 WRAP, WRAPPED_AIR, PADDING = 4096, 3072, -2000
+AIR = -1000  # HU
 
 def _may_be_wrapped(bits_stored, signed, intercept): return bits_stored == 12 and not signed and intercept > -100
-def _is_wrapped_air(n, of): return n >= of/20  # Pixels from WRAPPED_AIR on, of all
+
+def _is_wrapped(h):
+    "Is there air where the defect puts it, at -1024 to -924 HU, and is it no padding?"
+    air = (h.values >= WRAPPED_AIR) & (h.values < WRAPPED_AIR + 100)
+    n = h.counts.sum()
+    if h.counts[air].sum() < n/20: return False
+    brain_above = h.counts[(h.values >= 1024) & (h.values < 1124)].sum() > n/10  # Where a file without rescale tags has it
+    return not (brain_above and h.counts[air].max() > 0.9*h.counts[air].sum())
 
 def wrap_state(
     bits_stored:int, signed:bool, intercept:float, # BitsStored, PixelRepresentation and RescaleIntercept of the header
@@ -447,7 +518,7 @@ def wrap_state(
 )->str: # '' for a sound file, 'wrapped' for HU modulo 4096, 'suspect' for that header without wrapped air
     "Whether a file has the RSNA intercept defect"
     if not _may_be_wrapped(bits_stored, signed, intercept): return ''
-    return 'wrapped' if _is_wrapped_air(h.counts[h.values >= WRAPPED_AIR].sum(), h.counts.sum()) else 'suspect'
+    return 'wrapped' if _is_wrapped(h) else 'suspect'
 
 def _wrapped_padding(raw):
     "The pixels of wrapped padding, as a mask, or None where there are none"
@@ -459,39 +530,119 @@ def _wrapped_padding(raw):
     outside = np.unique(np.concatenate([regions[0], regions[-1], regions[:, 0], regions[:, -1]]))
     return np.isin(regions, outside[outside > 0])
 
-def rescale(
-    ds:pydicom.Dataset,
-    frame:int=1, # Of a multi-frame file, counted from 1
-    groups:dict=None, # Its `functional_groups`, where they are known
-)->tuple: # (slope, intercept)
-    "RescaleSlope and RescaleIntercept, of the frame where it has its own; missing ones are 1 and 0"
-    if groups is None: groups = functional_groups(ds, frame) if n_frames(ds) > 1 else {}
-    slope, intercept = (groups[k] if k in groups else _first(ds, k) for k in ('RescaleSlope', 'RescaleIntercept'))
-    slope, intercept = 1. if slope is None else float(slope), 0. if intercept is None else float(intercept)
-    if not 0 < abs(slope) < 1e4 or not abs(intercept) < 1e6: raise Refused('NoHU', f'RescaleSlope {slope:g} and RescaleIntercept {intercept:g} give no HU')
-    return slope, intercept
-
+# %% ../nbs/10_dicom.ipynb #b7ed8a3a
 def functional_groups(
     ds:pydicom.Dataset,
     frame:int, # Counted from 1
     shared:dict=None, # What all frames share, where it is known
-)->dict: # Keyword to value
+)->dict: # Keyword to value, as `header` names them
     "What an enhanced CT says of one frame: position, orientation, spacing, rescaling, window; else empty"
-    return {**(shared_groups(ds) if shared is None else shared), **_said_by(_items(ds, 'PerFrameFunctionalGroupsSequence')[frame-1:frame])}
+    own = _said_by(_items(ds, 'PerFrameFunctionalGroupsSequence')[frame-1:frame])
+    return {**(shared_groups(ds) if shared is None else shared), **own}
 
 def shared_groups(ds:pydicom.Dataset)->dict: # Keyword to value
     "What an enhanced CT says of all its frames"
     return _said_by(_items(ds, 'SharedFunctionalGroupsSequence')[:1])
 
 def _said_by(items):
-    "The values in the functional groups of these items"
+    "The values in the functional groups of these items; an empty one says nothing"
     groups = [seq.value[0] for item in items for seq in item if seq.VR == 'SQ' and len(seq.value) == 1]
-    return {e.keyword: e.value for group in groups for e in group if e.keyword and e.VR != 'SQ'}
+    return {key: v for group in groups for key, v in header(group).items() if v is not None and not key.endswith('Sequence')}
 
 def _items(ds, keyword):
     "The items of a sequence that is not too long to look at; none where there is no such sequence"
-    if keyword not in ds or _first(ds, keyword) is None: return []
+    if ds.get_item(_tag(keyword)) is None or _first(ds, keyword) is None: return []
     return ds[keyword].value
+
+# %% ../nbs/10_dicom.ipynb #7c37faa8
+BRIGHT = 1000  # HU: from here on declared padding is taken for air; dark padding does no harm
+_no_hu = frozenset('Z_EFF ED EDW OD PCT MGML'.split())  # Atomic number, electron densities, optical density, percent, mg/ml
+
+class Scale(NamedTuple):
+    "How stored values become HU"
+    slope:float=1.
+    intercept:float=0.
+    repair:str=''  # What `wrap_state` gives
+    table:np.ndarray=None  # HU of the stored values `first`, first + 1, ..., instead of slope and intercept
+    first:int=0
+    padding:tuple=()  # The lowest and the highest stored value that is padding
+
+def rescale(
+    ds:pydicom.Dataset,
+    frame:int=1, # Of a multi-frame file, counted from 1
+    groups:dict=None, # Its `functional_groups`, where they are known
+)->tuple: # (slope, intercept)
+    "RescaleSlope and RescaleIntercept, of the frame where it has its own; missing ones are 1 and 0"
+    if groups is None: groups = functional_groups(ds, frame)
+    slope, intercept = (_fact(ds, groups, key) for key in ('RescaleSlope', 'RescaleIntercept'))
+    slope, intercept = 1. if slope is None else float(slope), 0. if intercept is None else float(intercept)
+    if not 0 < abs(slope) < 1e4 or not abs(intercept) < 1e6: raise Refused('NoHU', f'RescaleSlope {slope:g} and RescaleIntercept {intercept:g} give no HU')
+    return slope, intercept
+
+def _fact(ds, groups, key):
+    value = groups.get(key)
+    return _first(ds, key) if value is None else value
+
+def _unit(ds, groups):
+    "What the scaled values are: 'HU', 'US' where it is unspecified, ...; '' where nothing is said"
+    unit = _fact(ds, groups, 'RescaleType') or ''
+    for lut in _items(ds, 'ModalityLUTSequence')[:1]: unit = _first(lut, 'ModalityLUTType') or ''
+    if unit.upper() in _no_hu: raise Refused('NoHU', f'the values are {unit.upper()} (RescaleType), not HU')
+    return unit
+
+def _modality_lut(ds, dtype):
+    "(HU by stored value, the first of these), or (None, 0) where there is none"
+    items = _items(ds, 'ModalityLUTSequence')
+    if not items: return None, 0
+    n, first, bits = (int(v) for v in _values(items[0], 0x00283002, items[0].get_item(0x00283002), 'US'))
+    data = items[0]['LUTData'].value
+    little = '<' if _syntax(ds).is_little_endian else '>'
+    if isinstance(data, bytes): data = np.frombuffer(data, f'{little}u2' if bits > 8 or len(data) >= 2*(n or 65536) else 'u1')
+    table = np.array(data, np.uint16).reshape(-1)[:n or 65536]
+    if len(table) < (n or 65536): raise Refused('NoHU', f'a modality LUT of {len(table):,} values where {n or 65536:,} belong')
+    signed = dtype.kind == 'i' and first >= 32768
+    return table.view(np.int16).astype(np.float64), first - 65536*signed  # 32768 HU and more do not occur: those are negative
+
+def _as_stored(value, stored, dtype):
+    "A value of the header as the pixels hold it"
+    value = np.array([value & 65535], np.uint16).view(dtype)
+    return int(_without_unused_bits(value, stored)[0])
+
+def _bright_padding(ds, dtype, to_hu):
+    "(lowest, highest) stored value of padding that would be brighter than tissue, () where there is none"
+    ends = [v for v in (_first(ds, key) for key in ('PixelPaddingValue', 'PixelPaddingRangeLimit')) if isinstance(v, int)]
+    if not ends or _first(ds, 'PixelPaddingValue') is None: return ()
+    ends = sorted(_as_stored(v, _first(ds, 'BitsStored'), dtype) for v in ends)
+    return (ends[0], ends[-1]) if min(to_hu(np.array(ends))) > BRIGHT else ()
+
+def _is_padding(values, scale): return (values >= scale.padding[0]) & (values <= scale.padding[1])
+
+def _to_hu(scale, values):
+    "HU of stored values, as float64; of padding too, as if it were none"
+    if scale.repair == 'wrapped': return values.astype(np.float64) - WRAP*(values >= WRAPPED_AIR)
+    if scale.table is None: return values*scale.slope + scale.intercept
+    return scale.table[np.clip(values.astype(np.int64) - scale.first, 0, len(scale.table) - 1)]
+
+def _without_padding(h, scale):
+    kept = ~_is_padding(h.values, scale) if scale.padding else slice(None)
+    return Histogram(h.values[kept], h.counts[kept])
+
+def scaling(
+    ds:pydicom.Dataset,
+    dtype:np.dtype, # Of the stored values, int16 or uint16
+    groups:dict, # `functional_groups` of the frame
+    count, # A function that gives the frame's `Histogram`; called where it is needed
+)->Scale:
+    "How the stored values of a frame become HU"
+    _unit(ds, groups)  # Which refuses what is none
+    table, first = _modality_lut(ds, dtype)
+    scale = Scale(*rescale(ds, groups=groups)) if table is None else Scale(table=table, first=first)
+    scale = scale._replace(padding=_bright_padding(ds, dtype, partial(_to_hu, scale)))
+    stored, signed = _first(ds, 'BitsStored'), dtype.kind == 'i'
+    if table is not None or not _may_be_wrapped(stored, signed, scale.intercept): return scale
+    state = wrap_state(stored, signed, scale.intercept, _without_padding(count(), scale))
+    if state != 'wrapped': return scale._replace(repair=state)
+    return Scale(repair=state, padding=scale.padding if scale.padding and scale.padding[0] >= WRAPPED_AIR else ())  # `_unwrap` sees to 2096
 
 # %% ../nbs/10_dicom.ipynb #7390e713
 def hu(
@@ -504,7 +655,7 @@ def hu(
         warnings.simplefilter('ignore')
         ds = file if isinstance(file, pydicom.Dataset) else _held(str(file), frame, max_mb << 20)
         raw = stored_pixels(ds, frame, max_mb)
-        return _in_hu(raw, _first(ds, 'BitsStored'), *rescale(ds, frame))
+        return _in_hu(raw, scaling(ds, raw.dtype, functional_groups(ds, frame), lambda: histogram(raw)))
 
 _holding = {}  # The last file that was read for more than its first frame, so that the next frames do not read it again
 
@@ -520,12 +671,16 @@ def _held(fname, frame, max_bytes):
         _holding[key] = _opened(fname, max_bytes)
     return _holding[key]
 
-def _in_hu(raw, bits_stored, slope, intercept):
-    signed = raw.dtype.kind == 'i'
-    if _may_be_wrapped(bits_stored, signed, intercept) and _is_wrapped_air(np.count_nonzero(raw >= WRAPPED_AIR), raw.size): return _unwrap(raw)
-    if slope == 1 and intercept.is_integer() and -32768 <= raw.min() + intercept and raw.max() + intercept <= 32767:
+def _in_hu(raw, scale):
+    image = _unwrap(raw) if scale.repair == 'wrapped' else _scaled(raw, scale)
+    if scale.padding: image[_is_padding(raw, scale)] = AIR
+    return image
+
+def _scaled(raw, scale):
+    intercept = scale.intercept
+    if scale.table is None and scale.slope == 1 and intercept.is_integer() and -32768 <= raw.min() + intercept and raw.max() + intercept <= 32767:
         return (raw.view(np.uint16) + np.uint16(intercept % 65536)).view(np.int16)  # Modulo 65536 is right where the result has 16 bits
-    values = np.arange(65536, dtype=np.uint16).view(raw.dtype).astype(np.float64)*slope + intercept
+    values = _to_hu(scale, np.arange(65536, dtype=np.uint16).view(raw.dtype))
     return np.clip(np.rint(values), -32768, 32767).astype(np.int16)[raw.view(np.uint16)]
 
 def _unwrap(raw):
@@ -536,25 +691,54 @@ def _unwrap(raw):
     return out
 
 # %% ../nbs/10_dicom.ipynb #f297432d
-def _check_ct(row):
-    modality = row.get('Modality')
-    if modality != 'CT': raise Refused('NotCT', f'not CT: the modality is {modality}' if re.fullmatch('[A-Z]{2,8}', modality or '') else 'not CT: no modality in the header')
-    if 'LOCALIZER' in [v for k, v in row.items() if k.startswith('ImageType')]: raise Refused('Localizer', 'a localizer (scout), not a slice')
+_secondary_capture, _media_directory = '1.2.840.10008.5.1.4.1.1.7.', '1.2.840.10008.1.3.10'
+_sheets = 'SCREEN SAVE', 'DOSE_INFO'
+
+def _check_ct(ds, row):
+    "Refuse what is no slice of a CT"
+    modality, kinds = row.get('Modality') or '', [v for k, v in row.items() if k.startswith('ImageType')]
+    if getattr(ds, 'file_meta', {}).get('MediaStorageSOPClassUID') == _media_directory: raise Refused('NotCT', 'a DICOMDIR, a list of other files')
+    if modality.upper() != 'CT': raise Refused('NotCT', f'not CT: the modality is {modality}' if re.fullmatch('[A-Za-z]{2,8}', modality) else 'not CT: no modality in the header')
+    if 'LOCALIZER' in kinds: raise Refused('Localizer', 'a localizer (scout), not a slice')
+    if f'{row.get("SOPClassUID")}.'.startswith(_secondary_capture) or any(kind in _sheets for kind in kinds): raise Refused('ScreenCapture', 'a screen capture or a dose sheet, not a slice')
+    if row.get('PhotometricInterpretation') == 'PALETTE COLOR': raise Refused('Color', 'a palette of colors, not CT')
     for key in ('SOPInstanceUID', 'SeriesInstanceUID', 'StudyInstanceUID'):
         if not row.get(key): raise Refused('NoIdentity', f'no {key} in the header')
 
 def _notes(ds, row, unreadable, n_warnings):
-    "What is odd about a slice, in a few words"
-    there, rescaled = _syntax(ds).is_encapsulated or len(_pixel_value(ds)), 'RescaleSlope' in row and 'RescaleIntercept' in row
+    "What is odd about a file, in a few words"
+    there = _syntax(ds).is_encapsulated or len(_pixel_value(ds))
     expected = row['Rows']*row['Columns']*row['BitsAllocated']//8*(row.get('NumberOfFrames') or 1)
-    return '; '.join(filter(None, [
+    return [
         unreadable and 'unreadable values: ' + ', '.join(unreadable[:8]),
         there is not True and there > expected + 1 and 'padding after the pixels',  # One byte makes the length even
-        not rescaled and not row.get('SharedFunctionalGroupsSequence') and 'no RescaleSlope or RescaleIntercept',
         row.get('PhotometricInterpretation') == 'MONOCHROME1' and 'MONOCHROME1',
+        row['Modality'] != 'CT' and 'modality in lower case',
         not row.get('PatientID') and 'no PatientID',
         not getattr(ds, 'preamble', True) and 'no preamble',
-        n_warnings and 'warnings from pydicom']))
+        n_warnings and 'warnings from pydicom']
+
+def _frame_notes(ds, frame, groups, scale, h, hu):
+    "What is odd about a frame"
+    unit, enhanced = _unit(ds, groups), ds.get_item(_tag('SharedFunctionalGroupsSequence')) is not None or ds.get_item(_tag('PerFrameFunctionalGroupsSequence')) is not None
+    return [
+        scale.table is not None and 'HU by a modality LUT',
+        scale.table is None and None in (_fact(ds, groups, 'RescaleSlope'), _fact(ds, groups, 'RescaleIntercept')) and 'no RescaleSlope or RescaleIntercept',
+        unit not in ('', 'HU') and (f'RescaleType {unit}' if re.fullmatch('[A-Z_]{1,16}', unit) else 'an unknown RescaleType'),
+        scale.padding and 'bright padding',
+        enhanced and not _said_by(_items(ds, 'PerFrameFunctionalGroupsSequence')[frame-1:frame]) and 'no functional groups of its own',
+        enhanced and _fact(ds, groups, 'ImagePositionPatient') is None and 'no position',
+        *_implausible(h, hu)]
+
+def _implausible(h, hu):
+    "Signs that the HU are not those of a head in air"
+    near_air, tissue = (hu > AIR - 150) & (hu < AIR + 150), (hu > -500) & (hu < 4000)
+    notes = [] if near_air.any() else ['no air near -1000 HU']
+    if h.counts[tissue].sum() < h.counts.sum()/5: return notes  # Near the crown, bone may be most of what is there
+    most = np.bincount(((hu[tissue] + 500)//40).astype(int), h.counts[tissue]).argmax()*40 - 480
+    return [*notes, f'most tissue near {most} HU'] if abs(most) > 500 else notes
+
+def _joined(notes): return '; '.join(dict.fromkeys(filter(None, notes)))
 
 def slice_rows(
     fname, # Path of a file, or `archive.zip!member`
@@ -566,26 +750,35 @@ def slice_rows(
         warnings.simplefilter('always')
         ds = _opened(str(fname), max_mb << 20)
         base, unreadable = _header(ds, keep_phi)
-        _check_ct(base)
+        _check_ct(ds, base)
         base['PatientID'] = base.get('PatientID') or None
         n = n_frames(ds)
         if n*sum(len(v) for v in base.values() if isinstance(v, str)) > max_mb << 16: raise Refused('TooLarge', 'a header too long to be repeated for each frame')
-        shared = shared_groups(ds) if n > 1 else {}
-        rows = [{**base, **_frame_row(ds, i+1, n, shared, max_mb), 'fname': str(fname)} for i in range(n)]
-        notes = _notes(ds, base, unreadable, len(warned))
-    return [{**row, 'notes': notes} for row in rows]
+        shared = shared_groups(ds)
+        rows, notes = zip(*[_frame_row(ds, i+1, n, shared, max_mb) for i in range(n)])
+        of_file = _notes(ds, base, unreadable, len(warned))
+    return [{**base, **row, 'fname': str(fname), 'notes': _joined([*of_file[:2], *own, *of_file[2:]])} for row, own in zip(rows, notes)]
 
 def _frame_row(ds, frame, n, shared, max_mb):
-    groups, stored, raw = functional_groups(ds, frame, shared) if n > 1 else {}, _first(ds, 'BitsStored'), _all_bits(ds, frame, max_mb)
-    h, (slope, intercept), (lowest, highest) = histogram(raw), rescale(ds, frame, groups), _limits(stored, raw.dtype)
+    "(what a frame has of its own, what is odd about it)"
+    groups, stored, raw = functional_groups(ds, frame, shared), _first(ds, 'BitsStored'), _all_bits(ds, frame, max_mb)
+    h, (lowest, highest) = histogram(raw), _limits(stored, raw.dtype)
     if h.values[0] < lowest or h.values[-1] > highest: h = histogram(_without_unused_bits(raw, stored))
-    state = wrap_state(stored, raw.dtype.kind == 'i', intercept, h)
-    row = dict(image=_first(ds, 'SOPInstanceUID') + (f'#{frame}' if n > 1 else ''), frame=frame, **pixel_stats(h, slope, intercept),
-               hu_intercept=0. if state == 'wrapped' else intercept, hu_repair=state)
-    if n == 1: return row
-    own = Dataset()
-    for k, v in groups.items(): setattr(own, k, v)
-    return {**header(own), **row}
+    scale = scaling(ds, raw.dtype, groups, lambda: h)
+    h = _padding_as_air(h, scale, lowest, highest)
+    hu = _to_hu(scale, h.values)
+    row = dict(image=_first(ds, 'SOPInstanceUID') + (f'#{frame}' if n > 1 else ''), frame=frame, **_stats(h, hu), hu_intercept=scale.intercept, hu_repair=scale.repair)
+    return {**groups, **row}, _frame_notes(ds, frame, groups, scale, h, hu)
+
+def _padding_as_air(h, scale, lowest, highest):
+    "The histogram with bright padding where air is, or at the darkest value that the bits hold"
+    if not scale.padding or not (padding := _is_padding(h.values, scale)).any(): return h
+    values = np.arange(lowest, highest + 1)
+    air = values[np.abs(_to_hu(scale, values) - AIR).argmin()]
+    counts = np.zeros(highest - lowest + 1, h.counts.dtype)
+    np.add.at(counts, np.where(padding, air, h.values) - lowest, h.counts)
+    there = np.flatnonzero(counts)
+    return Histogram(there + lowest, counts[there])
 
 # %% ../nbs/10_dicom.ipynb #cf17a1f1
 HU_MIN, HU_MAX = -1024, 3071  # 12 bits: all that tissue needs; metal is cut off

@@ -23,6 +23,7 @@ from fastai.torch_core import TensorMultiCategory
 
 from .core import Run, progress, sweep, write_whole
 from .recipes import Recipe
+from .metadata import series_codes
 from .data import Draws, SliceLoader, make_loader
 from .models import n_outputs
 
@@ -86,7 +87,7 @@ def series_of(
 )->list: # Arrays of positions
     "The slices at `positions`, series by series, each from its first slice to its last"
     if not len(positions): return []
-    codes = pd.factorize(index['SeriesInstanceUID'].iloc[positions])[0]
+    codes = series_codes(index.iloc[positions])
     return np.split(positions, np.flatnonzero(np.diff(codes)) + 1)
 
 class Series:
