@@ -16,7 +16,7 @@ from typing import Annotated
 from fastcore.script import CliError, anno_parser
 
 from . import __version__
-from .core import check_options, printable, say
+from .core import check_options, printable, say, unheard
 
 # %% ../nbs/50_cli.ipynb #bb8bdcbc
 def command(
@@ -48,6 +48,7 @@ def _run(f, *args, **kwargs):
         return f(*given.args, **given.kwargs)
     except CliError as e: raise CliError(printable(e, 1000)) from e
     except KeyboardInterrupt: raise CliError(f'interrupted: run the same command again{" with --resume" if f.__name__ == "train" else ""} and it continues from here') from None
+    except BrokenPipeError: unheard()
     except OSError as e:  # A full disk, a folder in the place of a file: the edge is where all of them pass
         raise CliError(f'{printable(e, 1000)}: check the path and the room on its disk, then run again') from None
     finally: os.environ['ICH_QUIET'] = quiet_before  # A notebook goes on aloud
@@ -97,6 +98,8 @@ def _executor(scheduler, *paths):
     from ich_fastai.core import cluster
     return cluster(scheduler, paths) if scheduler else nullcontext()
 
+def _many(n, what): return f'{n:,} {what}{"s"*(n != 1)}'
+
 def _read_files(run, src, **options):
     "Metadata and errors of `src` under temporary names; what was read is kept until `_keep`"
     from ich_fastai.metadata import write_metadata
@@ -106,7 +109,7 @@ def _read_files(run, src, **options):
     os.replace(lots/'errors.parquet', run.file('errors'))
     most = _write_errors(run).message.mode()[0]
     shutil.rmtree(lots, ignore_errors=True)
-    raise CliError(f'no CT slice in {src}, most often "{most}": {run.file("errors")} has all {without:,} files')
+    raise CliError(f'no CT slice in {src}, most often "{most}": {run.path/"errors.csv"} has the reason of each file')
 
 def _keep(run, lots):
     "Give what was read its final names"
@@ -126,7 +129,7 @@ def _refuse_to_void(run, force, **frames):
     if force or not any(run.path.glob('models/*/*/recipe.toml')): return
     from ich_fastai.run import voided
     lost = [f'{folder.parent.name} (seed {folder.name})' for folder in voided(run, **frames)]
-    if lost: raise CliError(f'this would void {len(lost)} trained models, {", ".join(lost[:5])}{" and others" if len(lost) > 5 else ""}: choose another run folder, or do it with --force')
+    if lost: raise CliError(f'this would void {_many(len(lost), "trained model")}, {", ".join(lost[:5])}{" and others" if len(lost) > 5 else ""}: choose another run folder, or do it with --force')
 
 def _new_split(run, metadata_file, labels, path, seed, force, **shares):
     "Labels and split into the run folder"
@@ -145,7 +148,7 @@ def _keep_split(run, labels, split, facts):
 def _same_source(run, src):
     "Refuse to mix two sources in one run folder"
     before = run.facts.get('source')
-    if run.has('metadata') and before != src: raise CliError(f'{run.path} holds what was read from {before}: choose another run folder, or delete it')
+    if run.has('metadata') and before != src: raise CliError(f'{run.path} holds {"metadata of unknown origin" if before is None else f"what was read from {before}"}: choose another run folder')
 
 # %% ../nbs/50_cli.ipynb #92fd55ba
 def _counted(texts, examples, most=5):
@@ -165,7 +168,7 @@ def _metadata_summary(run):
     if len(noted):
         kinds = noted.notes.str.split('; ').explode().str.partition(':')[0]
         say(f'{len(noted):,} slices are odd and kept, see `notes` in {run.file("metadata")}:', *_counted(kinds, noted.fname.reindex(kinds.index)))
-    if len(errors): say(f'{len(errors):,} files gave no slice, see {run.path/"errors.csv"}:', *_counted(errors.message, errors.index.to_series()))
+    if len(errors): say(f'{_many(len(errors), "file")} gave no slice, see {run.path/"errors.csv"}:', *_counted(errors.message, errors.index.to_series()))
 
 def _labels_summary(labels, split, facts):
     found = labels.loc[split.index]
@@ -185,13 +188,13 @@ def _tell_estimate(src, run, n_workers):
     fits = expected['store_bytes'] < .95*free and expected['memory_bytes'] < .9*memory
     say(f'{expected["files"]:,} files, {expected["source_bytes"]/gb:,.2f} GB, about {expected["slices"]:,} CT slices',
         f'the image store at 256 px: {expected["store_bytes"]/gb:,.2f} GB on disk ({free/gb:,.0f} GB free), about {expected["memory_bytes"]/gb:,.1f} GB of memory ({memory/gb:,.0f} GB here)',
-        f'about {_duration(expected["read_seconds"])} to read and {_duration(expected["clean_seconds"])} to clean with {n_workers or 1} processes, judged by the time of a hundred files',
+        f'{_duration(expected["read_seconds"])} to read and {_duration(expected["clean_seconds"])} to clean with {n_workers or 1} processes, judged by the time of a hundred files',
         'it fits; nothing was written' if fits else 'it does NOT fit: choose another disk, or fewer files; nothing was written')
 
 def _duration(seconds):
-    if seconds > 5400: return f'{seconds/3600:.1f} hours'
-    if seconds > 90: return f'{seconds/60:.0f} minutes'
-    return f'{seconds:.0f} seconds' if seconds > 5 else 'a few seconds'
+    if seconds > 5400: return f'about {seconds/3600:.1f} hours'
+    if seconds > 90: return f'about {seconds/60:.0f} minutes'
+    return f'about {seconds:.0f} seconds' if seconds > 5 else 'a few seconds'
 
 # %% ../nbs/50_cli.ipynb #45efadee
 @command('ich-metadata rsna/stage_2_train run --labels rsna/stage_2_train.csv', 'ich-metadata /data/ct run --dry                      # what it will take; writes nothing',
@@ -224,7 +227,7 @@ def metadata(
         split = None if truth is None else _new_split(folder, lots/'metadata.parquet', truth, os.path.abspath(labels), seed, force)
         _keep(folder, lots)
         _metadata_summary(folder)
-        if split is None: return say('no labels: give them with `--labels FILE` to train', f'next: `ich-clean {run}`')
+        if split is None: return say('labels and split are as they were' if folder.has('split') else 'no labels: give them with `--labels FILE` to train', f'next: `ich-clean {run}`')
         _keep_split(folder, *split)
         _labels_summary(*split)
         say(f'next: `ich-clean {run}`')
@@ -234,7 +237,7 @@ def metadata(
 def clean(
     run:str, # The run folder
     size:int=256, # Pixels; halves down to 64 come along, and sizes that are there stay
-    min_brain:float=0.02, # Share of pixels in the brain window below which a slice does not train
+    min_brain:float=None, # Share of pixels in the brain window below which a slice does not train; 0.02 in a new store, else the store's
     jpeg:bool=False, # Also write the slices as JPEG, three windows as colors, to look at?
     n_workers:int=2, # Processes; 0 works in this one
     scheduler:str=None, # Address of a Dask scheduler, such as tcp://10.0.0.1:8786: clean on its workers instead
@@ -243,11 +246,12 @@ def clean(
     quiet:bool=False, # No progress bars, no summary
 ):
     "Crop every slice to the head and resize it into the image store"
-    from ich_fastai.clean import CLEAN_COLUMNS, Store, clean_images, export_jpegs, store_index
+    from ich_fastai.clean import CLEAN_COLUMNS, MIN_BRAIN, Store, clean_images, export_jpegs, store_index
     from ich_fastai.core import Run
     if scheduler: run = os.path.abspath(run)
     with Run(run).locked() as folder, _executor(scheduler, run) as executor:
         frame = folder.read('metadata', columns=CLEAN_COLUMNS)
+        if min_brain is None: min_brain = folder.read('index').attrs['min_brain'] if folder.has('index') else MIN_BRAIN
         if folder.has('index'): _refuse_to_void(folder, force, index=_with_sizes(store_index(frame, size, min_brain), folder))
         index = clean_images(frame, folder.images, size, n_workers, executor, min_brain, max_mb)
         say(f'{Store(folder.images)}; {int(index.kept.sum()):,} kept, {int((~index.kept).sum()):,} with less brain than {min_brain:g}')

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LABELS', 'TYPES', 'Window', 'WINDOWS', 'log', 'pick', 'printable', 'disk_errors', 'write_whole', 'sweep',
-           'first_process', 'show_progress', 'on_screen', 'say', 'stage_bar', 'progress', 'ahead', 'check_options',
-           'in_order', 'hardware', 'versions', 'keep_freed_memory', 'give_back_memory', 'keep_memory_in_dask',
-           'cluster', 'only_one', 'Run']
+           'first_process', 'show_progress', 'on_screen', 'say', 'unheard', 'stage_bar', 'progress', 'ahead',
+           'check_options', 'in_order', 'hardware', 'versions', 'keep_freed_memory', 'give_back_memory',
+           'keep_memory_in_dask', 'cluster', 'only_one', 'Run']
 
 # %% ../nbs/00_core.ipynb #219b6a56
 import errno, json, logging, os, platform, re, secrets
@@ -109,7 +109,16 @@ def say(
     *lines, # Each is printed as one line, without control characters
 ):
     "Tell the person who runs this, unless `ICH_QUIET` is set"
-    if first_process() and not os.environ.get('ICH_QUIET'): print(*(_visible(str(line)) for line in lines), sep='\n', flush=True)
+    if not first_process() or os.environ.get('ICH_QUIET'): return
+    try: print(*(_visible(str(line)) for line in lines), sep='\n', flush=True)
+    except BrokenPipeError: unheard()
+
+def unheard():
+    "Work on where nobody reads stdout any more, as after `| head`"
+    import sys
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
 
 # %% ../nbs/00_core.ipynb #a4c646fa
 def _line_a_while():
@@ -120,7 +129,9 @@ def _line_a_while():
             layout = '{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}{postfix}]'
             super().__init__(*args, **kw, mininterval=30, miniters=1, bar_format=layout)
 
-        def display(self, msg=None, pos=None): print(self, file=self.fp, flush=True)
+        def display(self, msg=None, pos=None):
+            try: print(self, file=self.fp, flush=True)
+            except BrokenPipeError: unheard()
 
         def close(self):
             if self.disable: return
@@ -138,9 +149,11 @@ def stage_bar(
     "A stage's progress: a living line on a terminal and in Jupyter, lines now and then elsewhere, nothing where `show_progress` is False"
     import shutil, sys
     from tqdm import tqdm
-    kind = partial(tqdm, bar_format='{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}{postfix}]') if on_screen() else _line_a_while()
+    common = dict(total=total, desc=label, unit=f' {unit}', file=sys.stdout, disable=not show_progress())
+    if not on_screen(): return _line_a_while()(items, **common, ncols=10_000)  # A log's lines are as long as they are
+    layout = '{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}{postfix}]'
     width = dict(dynamic_ncols=True) if shutil.get_terminal_size((0, 0)).columns else dict(ncols=80, nrows=24)  # Some terminals have no size
-    return kind(items, total=total, desc=label, unit=f' {unit}', file=sys.stdout, disable=not show_progress(), **width)
+    return tqdm(items, **common, bar_format=layout, **width)
 
 def progress(
     items, # Anything to iterate over
@@ -348,6 +361,7 @@ class Run:
         self.path = Path(getattr(path, 'path', path))
         if create and not self.path.exists():
             with disk_errors(self.path): self.path.mkdir(parents=True, exist_ok=True)
+        if self.path.is_file(): raise CliError(f'{self.path} is a file: name a folder, a new one or a run folder')
         if not self.path.is_dir(): raise CliError(f'no run folder at {self.path}: make one with `ich-metadata SRC {self.path}`')
         if not self.begun and any(not p.name.startswith('.') for p in self.path.iterdir()):
             raise CliError(f'{self.path} is no run folder but has files of its own: choose a new folder, or one that `ich-metadata` made')
@@ -361,13 +375,20 @@ class Run:
     def file(self, name:str)->Path: return self.images/'index.parquet' if name=='index' else self.path/f'{name}.parquet'
     def has(self, name:str)->bool: return self.file(name).exists()
 
+    def need(self,
+        *names:str, # As for `read`
+    ):
+        "An error that names the command that makes it, where one of the frames is missing"
+        for name in names:
+            if not self.has(name): raise CliError(f'no {self.file(name)}: make it with `{_made_by[name].format(run=self.path)}`')
+
     def read(self,
         name:str, # 'metadata', 'errors', 'labels', 'split' or 'index'
         columns=None, # The columns wanted; all where None
     ): # DataFrame
         "The frame `name`, or an error that names the command that makes it"
         import pandas as pd
-        if not self.has(name): raise CliError(f'no {self.file(name)}: make it with `{_made_by[name].format(run=self.path)}`')
+        self.need(name)
         try: return pd.read_parquet(self.file(name), columns=columns)
         except (OSError, ValueError) as e: raise CliError(f'{self.file(name)} is damaged or of another version: make it again with `{_made_by[name].format(run=self.path)}`') from e
 

@@ -85,7 +85,7 @@ def _wide(path, image, names, label, truth):
     missing = np.flatnonzero(rows == 0)
     if len(missing):
         first = '; '.join(printable(f'{names[int(i)//len(LABELS)]}_{LABELS[i % len(LABELS)]}', 100) for i in missing[:3])
-        raise CliError(f'{path}: {len(missing):,} rows are missing: {first}')
+        raise CliError(f'{path}: {len(missing):,} rows are missing: {first}; give a file with six rows for each image')
     wide = (ones > 0).reshape(-1, len(LABELS))
     _refuse(path, '`any` unlike the five types', (wide[:, -1] != wide[:, :-1].any(1))[image])
     frame = pd.DataFrame(wide, pd.Index(names.to_pandas(), name='image'), LABELS)

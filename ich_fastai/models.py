@@ -43,7 +43,7 @@ def weights_file(
 def _torchvision_model(arch, pretrained):
     try: return torchvision.models.get_model(arch, weights='DEFAULT' if pretrained else None)
     except (URLError, OSError) as e:
-        raise CliError(f"no ImageNet weights for {arch} ({e}): go online, set `pretrained = false` in the recipe, "
+        raise CliError(f"no ImageNet weights for {arch} ({e}): go online, train from random weights with `--scratch` (`pretrained = false` in a recipe), "
                        f"or put the file at {weights_file(arch)}") from e
 
 def _torchvision_body(arch, channels, size, pretrained):
@@ -54,7 +54,7 @@ def _timm_body(arch, channels, size, pretrained):
     import timm
     if not timm.is_model(arch): pick(arch, dict.fromkeys([*OWN, *ARCHS, *timm.list_models()]), 'arch')
     try: return timm.create_model(arch, pretrained=pretrained, in_chans=channels, num_classes=0, global_pool='')
-    except OSError as e: raise CliError(f'no ImageNet weights for {arch} ({str(e).split(".")[0]}): go online, or set `pretrained = false` in the recipe') from e
+    except OSError as e: raise CliError(f'no ImageNet weights for {arch} ({str(e).split(".")[0]}): go online, or train from random weights with `--scratch` (`pretrained = false` in a recipe)') from e
 
 # %% ../nbs/22_models.ipynb #386c346f
 def simple_nn(channels:int, size:int)->nn.Sequential: # [n, 128, 1, 1] out of [n, channels, size, size]

@@ -1097,6 +1097,7 @@ def write_phantoms(
     "Write synthetic studies in the RSNA layout; run again, it goes on where it stopped"
     dest = Path(dest)
     if size < 32: raise CliError(f'size is {size}: ask for at least 32 pixels')
+    if size > 1024: raise CliError(f'size is {size}: ask for at most 1024 pixels')
     studies = plan_studies(n_studies, seed, prevalence, quirks)
     settle(dest, dict(n_studies=n_studies, seed=seed, size=size, prevalence=dict(prevalence), quirks=asdict(quirks)))
     work = partial(write_study, dest=dest, size=size)
