@@ -732,9 +732,9 @@ def _frame_notes(ds, frame, groups, scale, h, hu):
 
 def _implausible(h, hu):
     "Signs that the HU are not those of a head in air"
-    near_air, tissue = (hu > AIR - 150) & (hu < AIR + 150), (hu > -500) & (hu < 4000)
-    notes = [] if near_air.any() else ['no air near -1000 HU']
-    if h.counts[tissue].sum() < h.counts.sum()/5: return notes  # Near the crown, bone may be most of what is there
+    near_air, tissue, soft = (hu > AIR - 150) & (hu < AIR + 150), (hu > -500) & (hu < 4000), (hu > -100) & (hu < 150)
+    notes, n = [] if near_air.any() else ['no air near -1000 HU'], h.counts.sum()
+    if h.counts[tissue].sum() < n/5 or h.counts[soft].sum() > n/50: return notes  # Near the crown, most of what is there is bone
     most = np.bincount(((hu[tissue] + 500)//40).astype(int), h.counts[tissue]).argmax()*40 - 480
     return [*notes, f'most tissue near {most} HU'] if abs(most) > 500 else notes
 
@@ -767,6 +767,7 @@ def _frame_row(ds, frame, n, shared, max_mb):
     scale = scaling(ds, raw.dtype, groups, lambda: h)
     h = _padding_as_air(h, scale, lowest, highest)
     hu = _to_hu(scale, h.values)
+    if scale.repair == 'wrapped': hu = np.where(h.values == PADDING % WRAP, PADDING, hu)  # Where it is most of a slice, it is padding, not bone
     row = dict(image=_first(ds, 'SOPInstanceUID') + (f'#{frame}' if n > 1 else ''), frame=frame, **_stats(h, hu), hu_intercept=scale.intercept, hu_repair=scale.repair)
     return {**groups, **row}, _frame_notes(ds, frame, groups, scale, h, hu)
 
