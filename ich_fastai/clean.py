@@ -18,7 +18,7 @@ import pandas as pd
 from PIL import Image
 from fastcore.script import CliError
 from .core import WINDOWS, check_options, disk_errors, in_order, keep_memory_in_dask, printable, progress, sweep, write_whole
-from .dicom import HU_MAX, HU_MIN, MAX_MB, hist_lut, hu, window_lut
+from .dicom import HU_MAX, HU_MIN, MAX_MB, hist_lut, hu, upright_hu, window_lut
 from .metadata import MIN_BRAIN, _stamp, find_files, read_metadata
 
 # %% ../nbs/13_clean.ipynb #60ede04a
@@ -197,7 +197,7 @@ def _save(path, array):
         f.write(array.data)
 
 def _readable(fname, frame, max_mb):
-    try: return hu(fname, frame, max_mb)
+    try: return upright_hu(fname, frame, max_mb)
     except (OSError, ValueError) as e: raise CliError(f'cannot read {printable(fname)} any more ({printable(e)}): run `ich-metadata` again') from e
 
 def _clean_part(job, dest, sizes, max_mb):
@@ -352,7 +352,7 @@ def estimate(
     read = (perf_counter() - start)/len(some)
     slices = round(len(files)*len(metadata)/len(some))
     start, tried = perf_counter(), metadata.iloc[::max(1, len(metadata)//20)]
-    for row in tried.itertuples(): clean_slice(hu(row.fname, row.frame), size)
+    for row in tried.itertuples(): clean_slice(upright_hu(row.fname, row.frame), size)
     clean = (perf_counter() - start)/max(len(tried), 1)
     row_bytes = metadata.memory_usage(deep=True).sum()/max(len(metadata), 1)
     on_disk = sum(os.stat(f).st_size for f in {f.partition('!')[0] if not os.path.exists(f) else f for f in files} if os.path.exists(f))

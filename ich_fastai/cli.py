@@ -135,7 +135,7 @@ def _new_split(run, metadata_file, labels, path, seed, force, **shares):
     "Labels and split into the run folder"
     import pandas as pd
     from ich_fastai.labels import coverage, split_patients
-    frame = pd.read_parquet(metadata_file, columns=['PatientID'])
+    frame = pd.read_parquet(metadata_file, columns=['StudyInstanceUID', 'PatientID'])
     counts = coverage(frame, labels)
     split = split_patients(labels, frame, seed=seed, **shares)
     _refuse_to_void(run, force, labels=labels, split=split)

@@ -7,7 +7,7 @@ __all__ = ['MAX_MB', 'MAX_ELEMENTS', 'SMALL', 'LONG', 'MAX_DIRECTORY', 'MAX_KEYS
            'MIN_SIDE', 'MAX_FRAMES', 'DECODE_SECONDS', 'Histogram', 'WRAP', 'WRAPPED_AIR', 'PADDING', 'AIR', 'BRIGHT',
            'HU_MIN', 'HU_MAX', 'Refused', 'open_zip', 'read_dicom', 'header', 'n_frames', 'stored_pixels', 'histogram',
            'pixel_stats', 'wrap_state', 'functional_groups', 'shared_groups', 'Scale', 'rescale', 'scaling', 'hu',
-           'slice_rows', 'window_lut', 'freqhist_bins', 'hist_lut']
+           'turned', 'squared', 'upright_hu', 'slice_rows', 'window_lut', 'freqhist_bins', 'hist_lut']
 
 # %% ../nbs/10_dicom.ipynb #299610aa
 import atexit, io, json, os, re, stat, struct, subprocess, sys, threading, warnings, zipfile, zlib
@@ -653,9 +653,13 @@ def hu(
     "The slice in Hounsfield units, repaired; rounded where the slope is not whole, and held within 16 bits"
     with _refusals(), warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        ds = file if isinstance(file, pydicom.Dataset) else _held(str(file), frame, max_mb << 20)
-        raw = stored_pixels(ds, frame, max_mb)
-        return _in_hu(raw, scaling(ds, raw.dtype, functional_groups(ds, frame), lambda: histogram(raw)))
+        return _frame_hu(file, frame, max_mb)[0]
+
+def _frame_hu(file, frame, max_mb):
+    "(HU, the dataset, the functional groups of the frame)"
+    ds = file if isinstance(file, pydicom.Dataset) else _held(str(file), frame, max_mb << 20)
+    raw, groups = stored_pixels(ds, frame, max_mb), functional_groups(ds, frame)
+    return _in_hu(raw, scaling(ds, raw.dtype, groups, lambda: histogram(raw))), ds, groups
 
 _holding = {}  # The last file that was read for more than its first frame, so that the next frames do not read it again
 
@@ -689,6 +693,45 @@ def _unwrap(raw):
     padding = _wrapped_padding(raw)
     if padding is not None: out[padding] = PADDING
     return out
+
+# %% ../nbs/10_dicom.ipynb #8af47530
+def turned(
+    image:np.ndarray, # [rows, columns] of an axial slice
+    orientation, # ImageOrientationPatient: the direction along a row, then the one down a column
+)->np.ndarray: # A view
+    "The slice with the face at the top and the patient's right at the left"
+    along, down = np.asarray(orientation[:3], float), np.asarray(orientation[3:], float)
+    if np.abs(np.cross(along, down)).argmax() != 2: return image  # Not axial
+    if abs(along[1]) > abs(along[0]): image, along, down = image.T, down, along
+    return image[::-1 if down[1] < 0 else 1, ::-1 if along[0] < 0 else 1]
+
+def squared(
+    image:np.ndarray, # HU [rows, columns]
+    spacing, # PixelSpacing: mm from row to row, and from column to column
+)->np.ndarray: # int16 HU, with as many pixels as the shorter spacing wants
+    "The slice with square pixels"
+    from scipy.ndimage import zoom
+    zooms = [s/min(spacing) for s in spacing]
+    return np.rint(zoom(image.astype(np.float32), zooms, order=1, mode='nearest', grid_mode=True)).astype(np.int16)
+
+def upright_hu(
+    file, # As for `hu`
+    frame:int=1, max_mb:int=MAX_MB, # As for `hu`
+)->np.ndarray: # int16 [rows, columns], with square pixels
+    "The slice in Hounsfield units, as models see it"
+    with _refusals(), warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        image, ds, groups = _frame_hu(file, frame, max_mb)
+        orientation, spacing = (_vector(ds, groups, key, n) for key, n in (('ImageOrientationPatient', 6), ('PixelSpacing', 2)))
+        if len(spacing) == 2 and 1.01 < max(spacing)/min(spacing) < 8: image = squared(image, spacing)
+        return np.ascontiguousarray(turned(image, orientation)) if len(orientation) == 6 else image
+
+def _vector(ds, groups, key, n):
+    "The numbers of an element of the frame, or none where it has not `n` of them"
+    names = [f'{key}{i or ""}' for i in range(n)]
+    try: values = [groups[name] for name in names] if all(name in groups for name in names) else _values(ds, _tag(key), ds.get_item(_tag(key)), 'DS')
+    except Exception: return []  # `slice_rows` has noted it
+    return values if len(values) == n and all(isinstance(v, (int, float)) and np.isfinite(v) for v in values) and (n != 2 or min(values) > 0) else []
 
 # %% ../nbs/10_dicom.ipynb #f297432d
 _secondary_capture, _media_directory = '1.2.840.10008.5.1.4.1.1.7.', '1.2.840.10008.1.3.10'
@@ -751,7 +794,7 @@ def slice_rows(
         ds = _opened(str(fname), max_mb << 20)
         base, unreadable = _header(ds, keep_phi)
         _check_ct(ds, base)
-        base['PatientID'] = base.get('PatientID') or None
+        base['PatientID'] = (base.get('PatientID') or '').strip() or None  # ' 007' and '007' are one patient
         n = n_frames(ds)
         if n*sum(len(v) for v in base.values() if isinstance(v, str)) > max_mb << 16: raise Refused('TooLarge', 'a header too long to be repeated for each frame')
         shared = shared_groups(ds)

@@ -222,7 +222,7 @@ def slice_z(
 
 # %% ../nbs/11_metadata.ipynb #7f05a8ac
 MIN_BRAIN = 0.02  # Share of pixels in the brain window, from fastai's RSNA notebook; Khandelwal et al. took 0.20
-_key_texts = ['image', 'StudyInstanceUID', 'SeriesInstanceUID']
+_key_texts = ['image', 'StudyInstanceUID', 'SeriesInstanceUID', 'PatientID']
 _key_numbers = [*_orientation, *_position, 'SliceLocation', 'InstanceNumber', 'AcquisitionNumber', 'img_pct_window']
 
 def _as(column, kind):
@@ -286,7 +286,10 @@ def _head_order(keys, rows):
     notes = np.where(shared, 'another slice at the same z', '')
     mixed = ~pd.Series(axial).groupby(codes).transform('all').to_numpy() & pd.Series(axial).groupby(codes).transform('any').to_numpy()
     notes = np.where(mixed & ~axial, 'not axial, in an axial series', notes)
-    computed = pa.table(dict(z=z[order], slice_no=slice_no, kept=frame.img_pct_window.to_numpy()[order] >= MIN_BRAIN, order_notes=pa.array(notes[order]).cast(_text)))
+    patient = pd.Series(_ranks(keys['PatientID'])[rows]).where(keys['PatientID'].is_valid().to_numpy()[rows])
+    two = patient.groupby(study).transform('nunique').to_numpy() > 1
+    notes = np.where(two, np.where(notes == '', 'a study of two patients', notes + np.array('; a study of two patients', object)), notes.astype(object))
+    computed = pa.table(dict(z=z[order], slice_no=slice_no, kept=frame.img_pct_window.to_numpy()[order] >= MIN_BRAIN, order_notes=pa.array(notes[order], _text)))
     return rows[order], computed
 
 def _with_order_notes(table):

@@ -13,7 +13,7 @@ from pathlib import Path
 from fastai.basics import default_device
 from fastcore.script import CliError
 from .core import LABELS, log, printable, progress
-from .dicom import hu
+from .dicom import upright_hu
 from .metadata import read_metadata
 from .clean import MIN_BRAIN, clean_slice, store_sizes
 from .data import make_loader
@@ -31,7 +31,7 @@ class MemoryStore:
     ):
         self.index, self.sizes = metadata, store_sizes(largest)
         slices = progress(list(zip(metadata['fname'], metadata['frame'])), label='cleaning slices', unit='slice')
-        cleaned = [clean_slice(hu(fname, frame), largest)[1] for fname, frame in slices]
+        cleaned = [clean_slice(upright_hu(fname, frame), largest)[1] for fname, frame in slices]
         self.hu = {size: np.array([pictures[size] for pictures in cleaned]) for size in self.sizes}
 
     def read(self, positions, size): return self.hu[size][positions]
