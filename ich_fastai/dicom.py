@@ -608,11 +608,12 @@ def _as_stored(value, stored, dtype):
     value = np.array([value & 65535], np.uint16).view(dtype)
     return int(_without_unused_bits(value, stored)[0])
 
-def _bright_padding(ds, dtype, to_hu):
+def _bright_padding(ds, known, dtype, to_hu):
     "(lowest, highest) stored value of padding that would be brighter than tissue, () where there is none"
-    ends = [v for v in (_first(ds, key) for key in ('PixelPaddingValue', 'PixelPaddingRangeLimit')) if isinstance(v, int)]
-    if not ends or _first(ds, 'PixelPaddingValue') is None: return ()
-    ends = sorted(_as_stored(v, _first(ds, 'BitsStored'), dtype) for v in ends)
+    if not isinstance(low := _fact(ds, known, 'PixelPaddingValue'), int): return ()
+    high = _fact(ds, known, 'PixelPaddingRangeLimit')
+    ends = [low, high if isinstance(high, int) else low]
+    ends = sorted(_as_stored(v, _fact(ds, known, 'BitsStored'), dtype) for v in ends)
     return (ends[0], ends[-1]) if min(to_hu(np.array(ends))) > BRIGHT else ()
 
 def _is_padding(values, scale): return (values >= scale.padding[0]) & (values <= scale.padding[1])
@@ -630,15 +631,15 @@ def _without_padding(h, scale):
 def scaling(
     ds:pydicom.Dataset,
     dtype:np.dtype, # Of the stored values, int16 or uint16
-    groups:dict, # `functional_groups` of the frame
+    groups:dict, # `functional_groups` of the frame, and what else of the header is known
     count, # A function that gives the frame's `Histogram`; called where it is needed
 )->Scale:
     "How the stored values of a frame become HU"
     _unit(ds, groups)  # Which refuses what is none
     table, first = _modality_lut(ds, dtype)
     scale = Scale(*rescale(ds, groups=groups)) if table is None else Scale(table=table, first=first)
-    scale = scale._replace(padding=_bright_padding(ds, dtype, partial(_to_hu, scale)))
-    stored, signed = _first(ds, 'BitsStored'), dtype.kind == 'i'
+    scale = scale._replace(padding=_bright_padding(ds, groups, dtype, partial(_to_hu, scale)))
+    stored, signed = _fact(ds, groups, 'BitsStored'), dtype.kind == 'i'
     if table is not None or not _may_be_wrapped(stored, signed, scale.intercept): return scale
     state = wrap_state(stored, signed, scale.intercept, _without_padding(count(), scale))
     if state != 'wrapped': return scale._replace(repair=state)
@@ -761,16 +762,16 @@ def _notes(ds, row, unreadable, n_warnings):
         not getattr(ds, 'preamble', True) and 'no preamble',
         n_warnings and 'warnings from pydicom']
 
-def _frame_notes(ds, frame, groups, scale, h, hu):
+def _frame_notes(ds, frame, known, scale, h, hu):
     "What is odd about a frame"
-    unit, enhanced = _unit(ds, groups), ds.get_item(_tag('SharedFunctionalGroupsSequence')) is not None or ds.get_item(_tag('PerFrameFunctionalGroupsSequence')) is not None
+    unit, enhanced = _unit(ds, known), 'SharedFunctionalGroupsSequence' in known or 'PerFrameFunctionalGroupsSequence' in known
     return [
         scale.table is not None and 'HU by a modality LUT',
-        scale.table is None and None in (_fact(ds, groups, 'RescaleSlope'), _fact(ds, groups, 'RescaleIntercept')) and 'no RescaleSlope or RescaleIntercept',
+        scale.table is None and None in (_fact(ds, known, 'RescaleSlope'), _fact(ds, known, 'RescaleIntercept')) and 'no RescaleSlope or RescaleIntercept',
         unit not in ('', 'HU') and (f'RescaleType {unit}' if re.fullmatch('[A-Z_]{1,16}', unit) else 'an unknown RescaleType'),
         scale.padding and 'bright padding',
         enhanced and not _said_by(_items(ds, 'PerFrameFunctionalGroupsSequence')[frame-1:frame]) and 'no functional groups of its own',
-        enhanced and _fact(ds, groups, 'ImagePositionPatient') is None and 'no position',
+        enhanced and _fact(ds, known, 'ImagePositionPatient') is None and 'no position',
         *_implausible(h, hu)]
 
 def _implausible(h, hu):
@@ -798,21 +799,23 @@ def slice_rows(
         n = n_frames(ds)
         if n*sum(len(v) for v in base.values() if isinstance(v, str)) > max_mb << 16: raise Refused('TooLarge', 'a header too long to be repeated for each frame')
         shared = shared_groups(ds)
-        rows, notes = zip(*[_frame_row(ds, i+1, n, shared, max_mb) for i in range(n)])
+        rows, notes = zip(*[_frame_row(ds, base, i+1, n, shared, max_mb) for i in range(n)])
         of_file = _notes(ds, base, unreadable, len(warned))
     return [{**base, **row, 'fname': str(fname), 'notes': _joined([*of_file[:2], *own, *of_file[2:]])} for row, own in zip(rows, notes)]
 
-def _frame_row(ds, frame, n, shared, max_mb):
+def _frame_row(ds, base, frame, n, shared, max_mb):
     "(what a frame has of its own, what is odd about it)"
-    groups, stored, raw = functional_groups(ds, frame, shared), _first(ds, 'BitsStored'), _all_bits(ds, frame, max_mb)
+    groups, raw = functional_groups(ds, frame, shared), _all_bits(ds, frame, max_mb)
+    known = {**base, **groups}
+    stored = known.get('BitsStored')
     h, (lowest, highest) = histogram(raw), _limits(stored, raw.dtype)
     if h.values[0] < lowest or h.values[-1] > highest: h = histogram(_without_unused_bits(raw, stored))
-    scale = scaling(ds, raw.dtype, groups, lambda: h)
+    scale = scaling(ds, raw.dtype, known, lambda: h)
     h = _padding_as_air(h, scale, lowest, highest)
     hu = _to_hu(scale, h.values)
     if scale.repair == 'wrapped': hu = np.where(h.values == PADDING % WRAP, PADDING, hu)  # Where it is most of a slice, it is padding, not bone
-    row = dict(image=_first(ds, 'SOPInstanceUID') + (f'#{frame}' if n > 1 else ''), frame=frame, **_stats(h, hu), hu_intercept=scale.intercept, hu_repair=scale.repair)
-    return {**groups, **row}, _frame_notes(ds, frame, groups, scale, h, hu)
+    row = dict(image=base['SOPInstanceUID'] + (f'#{frame}' if n > 1 else ''), frame=frame, **_stats(h, hu), hu_intercept=scale.intercept, hu_repair=scale.repair)
+    return {**groups, **row}, _frame_notes(ds, frame, known, scale, h, hu)
 
 def _padding_as_air(h, scale, lowest, highest):
     "The histogram with bright padding where air is, or at the darkest value that the bits hold"

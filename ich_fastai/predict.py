@@ -61,12 +61,13 @@ def bundle_probabilities(
 
 def predict_study(
     bundle, # From `load_bundle`, or its folder
-    src, # A folder of DICOM files, a list of them, or a zip archive; of one study or several
+    src, # A folder of DICOM files, an iterable of paths, or a zip archive; of one study or several
     bs:int=36, # Slices at a time
 )->tuple: # (slices by image, studies by StudyInstanceUID), each with the six probabilities, NaN where the model is silent
     "What the model says about each slice, and of each study its highest word about a slice with enough brain in it, as it learned from no others"
     if not isinstance(bundle, Bundle): bundle = load_bundle(bundle)
-    if not isinstance(src, (str, Path)) and not len(src): raise CliError('no files to predict on: give a folder of DICOM files, a list of them, or a zip archive')
+    src = src if isinstance(src, (str, Path)) else list(src)
+    if not src: raise CliError('no files to predict on: give a folder of DICOM files, a list of them, or a zip archive')
     metadata, errors = read_metadata(src, n_workers=0)
     if len(errors): log.warning('%d files gave no slice: %s', len(errors), ', '.join(f'{n} {kind}' for kind, n in errors['error'].value_counts().items()))
     if not len(metadata): raise CliError(f'no CT slices in {printable(src)}: give a folder of DICOM files, a list of them, or a zip archive')
