@@ -317,7 +317,7 @@ demo_resnet18 = add_recipe(Recipe(
     sizes=(64, 128), batch_sizes=(32, 32),     # Small batches: few slices, so more steps an epoch
     epochs=(10, 1), lr=3e-3, lr_unfrozen=1e-3, # The second cycle starts from what the first has learned; a second epoch of it gives no more
 ))
-demo_densenet121 = add_recipe(replace(demo_resnet18, name='demo_densenet121', arch='densenet121', sizes=(64,), batch_sizes=(32,), epochs=(5,), lr_unfrozen=0.))  # Twice as slow a slice: at 64 px alone
+demo_densenet121 = add_recipe(replace(demo_resnet18, name='demo_densenet121', arch='densenet121', sizes=(64,), batch_sizes=(32,), epochs=(4,), lr_unfrozen=0.))  # Twice as slow a slice: at 64 px alone, and few epochs
 demo_alexnet = add_recipe(replace(demo_resnet18, name='demo_alexnet', arch='alexnet', lr=1e-3, lr_unfrozen=3e-4, epochs=(12, 2)))  # No BatchNorm: a lower rate, more epochs
 
 # %% ../nbs/02_recipes.ipynb #f49776b0
