@@ -508,7 +508,7 @@ def _is_wrapped(h):
     "Is there air where the defect puts it, at -1024 to -924 HU, and is it no padding?"
     air = (h.values >= WRAPPED_AIR) & (h.values < WRAPPED_AIR + 100)
     n = h.counts.sum()
-    if h.counts[air].sum() < n/20: return False
+    if h.counts[air].sum() < max(n/20, 1): return False
     brain_above = h.counts[(h.values >= 1024) & (h.values < 1124)].sum() > n/10  # Where a file without rescale tags has it
     return not (brain_above and h.counts[air].max() > 0.9*h.counts[air].sum())
 
