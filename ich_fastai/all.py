@@ -11,6 +11,7 @@ from .core import *
 from .phantom import write_phantoms
 from .recipes import *
 from .dicom import *
+from .series import *
 from .metadata import *
 from .labels import *
 from .clean import *

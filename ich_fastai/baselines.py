@@ -35,7 +35,7 @@ def _fit_predict(run, recipe, seed, features, classifier): # features: DataFrame
     return prediction_frame(recipe, index, split, np.column_stack([one(label) for label in recipe.labels]))
 
 # %% ../nbs/24_baselines.ipynb #c99a92c9
-_ours = ('img_', 'hu_', 'kept', 'z', 'slice_no', 'frame')  # From the pixels, or from other slices
+_ours = ('img_', 'hu_', 'brain_', 'kept', 'z', 'slice_no', 'frame')  # From the pixels, or from other slices
 
 def header_numbers(
     metadata:pd.DataFrame, # By image

@@ -19,6 +19,7 @@ from PIL import Image
 from fastcore.script import CliError
 from .core import WINDOWS, check_options, disk_errors, in_order, keep_memory_in_dask, printable, progress, sweep, write_whole
 from .dicom import HU_MAX, HU_MIN, MAX_MB, hist_lut, hu, upright_hu, window_lut
+from .series import in_use
 from .metadata import MIN_BRAIN, _stamp, find_files, read_metadata
 
 # %% ../nbs/13_clean.ipynb #60ede04a
@@ -159,7 +160,7 @@ def clean_slice(
 # %% ../nbs/13_clean.ipynb #e78f18ac
 SLICES_A_PART = 256  # 32 MB at 256 px
 _index_columns = ['StudyInstanceUID', 'SeriesInstanceUID', 'PatientID', 'slice_no', 'z', 'img_pct_window']
-CLEAN_COLUMNS = ['fname', 'frame', 'img_mean', *_index_columns]  # All that `clean_images` reads of the metadata
+CLEAN_COLUMNS = ['fname', 'frame', 'img_mean', 'use', *_index_columns]  # All that `clean_images` reads of the metadata
 
 # %% ../nbs/13_clean.ipynb #38b74c9e
 _METHOD = 3  # Raised when the same files would give other pictures
@@ -257,11 +258,12 @@ def clean_images(
     min_brain:float=MIN_BRAIN, # Share of pixels in the brain window from which a slice is `kept`
     max_mb:int=MAX_MB, # The most that a file may hold, unpack to or declare, in MiB
 )->pd.DataFrame: # The store's index, by image
-    "Clean every slice into the store at `dest`, or go on where an earlier run stopped"
+    "Clean every slice in use into the store at `dest`, or go on where an earlier run stopped"
+    metadata = in_use(metadata)
     dest, n_parts = Path(dest), -(-len(metadata)//SLICES_A_PART)
     check_options(n_workers=n_workers, max_mb=max_mb, min_brain=min_brain)
     if not 16 <= size <= 1024: raise CliError(f'size {size}: choose 16 to 1024 pixels')
-    if n_parts == 0: raise CliError('no slices to clean: the metadata frame is empty')
+    if n_parts == 0: raise CliError('no slices to clean: the metadata frame is empty, or none of it is in use')
     index, before = store_index(metadata, size, min_brain), _index_there(dest)
     same = before is not None and before.attrs.get('key') == index.attrs['key']
     if same: index.attrs['sizes'] = sorted({*index.attrs['sizes'], *sizes_of(before)})
@@ -277,6 +279,7 @@ def store_index(
     size:int=256, min_brain:float=MIN_BRAIN, # As for `clean_images`
 )->pd.DataFrame: # By image; `attrs['key']` is the same where the pictures are
     "The index that a store of these slices has, before any of them is cleaned"
+    metadata = in_use(metadata)
     at = np.arange(len(metadata))
     box = dict.fromkeys(('top', 'left', 'side'), 0)  # Known when the slices are cleaned
     index = metadata[_index_columns].assign(**box, part=at//SLICES_A_PART, row=at%SLICES_A_PART, kept=metadata.img_pct_window >= min_brain)

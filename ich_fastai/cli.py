@@ -102,9 +102,10 @@ def _many(n, what): return f'{n:,} {what}{"s"*(n != 1)}'
 
 def _read_files(run, src, **options):
     "Metadata and errors of `src` under temporary names; what was read is kept until `_keep`"
-    from ich_fastai.metadata import write_metadata
+    from ich_fastai.metadata import write_metadata, write_series
     lots = run.path/'.lots'
     slices, without = write_metadata(src, lots/'metadata.parquet', lots/'errors.parquet', lots=lots, **options)
+    if slices: write_series(lots/'metadata.parquet', lots/'series.parquet')
     if slices: return lots
     os.replace(lots/'errors.parquet', run.file('errors'))
     most = _write_errors(run).message.mode()[0]
@@ -113,7 +114,7 @@ def _read_files(run, src, **options):
 
 def _keep(run, lots):
     "Give what was read its final names"
-    for name in 'errors', 'metadata': os.replace(lots/f'{name}.parquet', run.file(name))
+    for name in 'errors', 'series', 'metadata': os.replace(lots/f'{name}.parquet', run.file(name))
     _write_errors(run)
     shutil.rmtree(lots, ignore_errors=True)
 
@@ -135,7 +136,9 @@ def _new_split(run, metadata_file, labels, path, seed, force, **shares):
     "Labels and split into the run folder"
     import pandas as pd
     from ich_fastai.labels import coverage, split_patients
-    frame = pd.read_parquet(metadata_file, columns=['StudyInstanceUID', 'PatientID'])
+    from ich_fastai.series import in_use
+    frame = in_use(pd.read_parquet(metadata_file, columns=['StudyInstanceUID', 'PatientID', 'use']))
+    if len(frame) == 0: raise CliError('no slice is in use, so there is nothing to learn from: run without --labels to see why')
     counts = coverage(frame, labels)
     split = split_patients(labels, frame, seed=seed, **shares)
     _refuse_to_void(run, force, labels=labels, split=split)
@@ -158,9 +161,11 @@ def _counted(texts, examples, most=5):
 
 def _metadata_summary(run):
     "What was read, in a few lines; of thousands of remarks one line each kind"
-    frame, errors = run.read('metadata', columns=['StudyInstanceUID', 'PatientID', 'kept', 'hu_repair', 'notes', 'fname']), run.read('errors')
+    frame, errors = run.read('metadata', columns=['StudyInstanceUID', 'PatientID', 'kept', 'use', 'not_used', 'hu_repair', 'notes', 'fname']), run.read('errors')
+    used, unused = frame[frame.use], frame[~frame.use]
     say(f'{len(frame):,} slices of {frame.StudyInstanceUID.nunique():,} studies, {frame.PatientID.nunique():,} patients; '
-        f'{int(frame.kept.sum()):,} with enough brain')
+        f'{len(used):,} in use, {int(used.kept.sum()):,} of them with enough brain')
+    if len(unused): say(f'{len(unused):,} slices are not in use, see {run.file("series")}; `--series` chooses otherwise:', *_counted(unused.not_used, unused.fname))
     repaired, suspect = (int((frame.hu_repair == state).sum()) for state in ('wrapped', 'suspect'))
     if repaired: say(f'{repaired:,} slices had HU modulo 4096 and were repaired')
     if suspect: say(f'{suspect:,} slices have 12 bits and intercept 0 but no wrapped air: check their HU (`hu_repair` is suspect)')
@@ -207,6 +212,7 @@ def metadata(
     n_workers:int=2, # Processes; 0 works in this one
     scheduler:str=None, # Address of a Dask scheduler, such as tcp://10.0.0.1:8786: read on its workers instead
     max_mb:int=1024, # The most that a file may hold, unpack to or declare, in MiB
+    series:Annotated[str, 'SeriesInstanceUID of a series to use in its study, whatever the rule says; may be given several times; `all` uses every axial series that shows a head', dict(action='append')]=None,
     seed:int=0, # Of the split by patient
     force:bool=False, # Replace labels and split even where that voids trained models?
     quiet:bool=False, # No progress bars, no summary
@@ -223,7 +229,7 @@ def metadata(
     with Run(os.path.abspath(run), create=True).locked() as folder, _executor(scheduler, source, os.path.abspath(run)) as executor:
         _same_source(folder, source)
         folder.record(source=source)  # Before the reading: an interrupted run must know its own source again
-        lots = _read_files(folder, source, n_workers=n_workers, executor=executor, max_mb=max_mb)
+        lots = _read_files(folder, source, n_workers=n_workers, executor=executor, max_mb=max_mb, series=series or ())
         split = None if truth is None else _new_split(folder, lots/'metadata.parquet', truth, os.path.abspath(labels), seed, force)
         _keep(folder, lots)
         _metadata_summary(folder)

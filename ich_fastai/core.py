@@ -349,7 +349,7 @@ def only_one(
     finally: lock.release()
 
 # %% ../nbs/00_core.ipynb #40a50f50
-_made_by = dict(metadata='ich-metadata SRC {run}', errors='ich-metadata SRC {run}', labels='ich-metadata SRC {run} --labels FILE',
+_made_by = dict(metadata='ich-metadata SRC {run}', errors='ich-metadata SRC {run}', series='ich-metadata SRC {run}', labels='ich-metadata SRC {run} --labels FILE',
                 split='ich-metadata SRC {run} --labels FILE', index='ich-clean {run}')
 
 class Run:
@@ -383,7 +383,7 @@ class Run:
             if not self.has(name): raise CliError(f'no {self.file(name)}: make it with `{_made_by[name].format(run=self.path)}`')
 
     def read(self,
-        name:str, # 'metadata', 'errors', 'labels', 'split' or 'index'
+        name:str, # 'metadata', 'series', 'errors', 'labels', 'split' or 'index'
         columns=None, # The columns wanted; all where None
     ): # DataFrame
         "The frame `name`, or an error that names the command that makes it"

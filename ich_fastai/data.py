@@ -34,7 +34,8 @@ from .core import LABELS, WINDOWS, Run, ahead, keep_freed_memory
 from .recipes import Recipe, get_recipe
 from .dicom import freqhist_bins, hist_lut, window_lut
 from .phantom import PREVALENCE, write_phantoms
-from .metadata import read_metadata, series_codes
+from .metadata import read_metadata
+from .series import series_codes
 from .labels import check_patients, read_labels, split_patients, subset
 from .clean import JpegStore, Store, clean_images, export_jpegs, source_size
 

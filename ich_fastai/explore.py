@@ -306,6 +306,11 @@ def _noted(metadata):
     each = [(rule, n) for text, n in notes.items() for rule in {part.partition(':')[0].strip() for part in text.split(';')} if rule]
     return pd.DataFrame(each, columns=['rule', 'n']).groupby('rule').n.sum().sort_values(ascending=False, kind='stable')
 
+def _not_used(metadata):
+    "Slices that are not in use, by the reason"
+    reasons = _column(metadata, 'not_used')
+    return reasons[reasons.fillna('') != ''].value_counts()
+
 def quality(
     metadata:pd.DataFrame, # By image, from `read_metadata`
     errors:pd.DataFrame=None, # By file: what could not be read
@@ -319,6 +324,7 @@ def quality(
                 ('Slices', {k: v.sum() for k, v in _slice_findings(metadata).items()}, n, 'slices'),
                 ('Series', {k: v.sum() for k, v in series.items()}, len(series['no positions']), 'series'),
                 ('Missing tags', missing, n, 'slices'),
+                ('Not in use', _not_used(metadata), n, 'slices'),
                 ('Noted by the reader', _noted(metadata).add_prefix('noted: '), n, 'slices'),
                 ('Files without a slice', failed.add_prefix('no slice: '), files, 'files')]
     rows = [(k, int(v), int(of), unit, about) for about, counts, of, unit in chapters for k, v in counts.items()]

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from fastcore.script import CliError
 from .core import LABELS, TYPES, printable
+from .series import in_use
 
 # %% ../nbs/12_labels.ipynb #350c971f
 @contextmanager
@@ -167,7 +168,8 @@ def split_patients(
     test:float=.15, # Share of the patients: the leaderboards' figures
     seed:int=0,
 )->pd.DataFrame: # By image: split ('train', 'valid' or 'test') and PatientID, of `people`
-    "A stratified split in which no patient is on two sides"
+    "A stratified split in which no patient is on two sides, of the slices in use"
+    metadata = in_use(metadata)
     coverage(metadata, labels)
     if not (valid > 0 and test > 0 and valid + test < 1): raise CliError(f'valid={valid} and test={test}: both must be above 0, and below 1 together')
     if metadata.PatientID.isna().any(): raise CliError(f'{metadata.PatientID.isna().sum():,} slices have no PatientID: a split by patient needs it')

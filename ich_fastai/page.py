@@ -18,6 +18,7 @@ from PIL import Image
 from fastcore.xml import (Body, Br, Caption, Div, Figcaption, Figure, Footer, H1, H2, Head, Header, Html, Img, Main, Meta, P,
                           Safe, Small, Span, Strong, Style, Table, Tbody, Td, Th, Thead, Title, Tr, to_xml)
 from .core import Run, write_whole
+from .series import in_use
 from .clean import Store
 from .explore import (pick_series, plot_brain_share, plot_cooccurrence, plot_dropped, plot_headers, plot_labels, plot_low_brain, plot_quality,
                                 plot_study, plot_type_counts, plot_windows, shown, split_counts)
@@ -165,10 +166,11 @@ def data_charts(
     labels:pd.DataFrame=None, # By image
 )->list: # Elements
     "The charts of what was read"
-    known = None if labels is None else labels.loc[labels.index.intersection(metadata.index)]
+    used = in_use(metadata)
+    known = None if labels is None else labels.loc[labels.index.intersection(used.index)]
     of_labels = [] if known is None else [(plot_labels(known), 'Slices with each label'), (plot_type_counts(known), 'Types on one slice'), (plot_cooccurrence(known), 'Which types come together')]
-    charts = [*of_labels, (plot_headers(metadata), 'How the pixels are stored'), (plot_brain_share(metadata, known), 'Share of brain'),
-              (plot_dropped(metadata, known), 'What a threshold would drop'), (plot_quality(metadata, errors), 'What is odd in the data')]
+    charts = [*of_labels, (plot_headers(metadata), 'How the pixels are stored'), (plot_brain_share(used, known), 'Share of brain'),
+              (plot_dropped(used, known), 'What a threshold would drop'), (plot_quality(metadata, errors), 'What is odd in the data')]
     return [inline(*chart) for chart in charts]
 
 def slice_charts(
@@ -204,7 +206,7 @@ def write_figures(
     run = Run(run)
     metadata, labels, split = (run.read(name) if name == 'metadata' or run.has(name) else None for name in ('metadata', 'labels', 'split'))
     errors = run.read('errors') if run.has('errors') else None
-    counts = f'{len(metadata):,} slices of {metadata.StudyInstanceUID.nunique():,} studies. Written {date.today():%d %B %Y} with ich_fastai.'
+    counts = f'{len(metadata):,} slices of {metadata.StudyInstanceUID.nunique():,} studies, {len(in_use(metadata)):,} of them in use. Written {date.today():%d %B %Y} with ich_fastai.'
     head = Header(P('Research use, not a medical device', cls='use'), H1('Head CT: ', Span('the figures of the data')), PHANTOM_BANNER if is_phantom(run) else '', P(counts))
     sides = '' if labels is None or split is None else sides_table(split, labels, metadata)
     pictures = slice_charts(Store(run.images), labels) if run.has('index') else [P(f'No pictures yet: `ich-clean {run.path.name}` makes them.', cls='note')]

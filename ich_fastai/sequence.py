@@ -23,7 +23,7 @@ from fastai.torch_core import TensorMultiCategory
 
 from .core import Run, progress, sweep, write_whole
 from .recipes import Recipe
-from .metadata import series_codes
+from .series import series_codes
 from .data import Draws, SliceLoader, make_loader
 from .models import n_outputs
 
