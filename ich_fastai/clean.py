@@ -18,9 +18,10 @@ import pandas as pd
 from PIL import Image
 from fastcore.script import CliError
 from .core import WINDOWS, check_options, disk_errors, in_order, keep_memory_in_dask, printable, progress, sweep, write_whole
-from .dicom import HU_MAX, HU_MIN, MAX_MB, hist_lut, hu, upright_hu, window_lut
+from .dicom import HU_MAX, HU_MIN, MAX_MB, hist_lut, hu, window_lut
+from .gray import slice_hu, windows_of
 from .series import in_use
-from .metadata import MIN_BRAIN, _stamp, find_files, read_metadata
+from .metadata import MIN_BRAIN, _listed, _path, _stamp, read_metadata
 
 # %% ../nbs/13_clean.ipynb #60ede04a
 def _gauss1d(sigma):
@@ -160,14 +161,17 @@ def clean_slice(
 # %% ../nbs/13_clean.ipynb #e78f18ac
 SLICES_A_PART = 256  # 32 MB at 256 px
 _index_columns = ['StudyInstanceUID', 'SeriesInstanceUID', 'PatientID', 'slice_no', 'z', 'img_pct_window']
-CLEAN_COLUMNS = ['fname', 'frame', 'img_mean', 'use', *_index_columns]  # All that `clean_images` reads of the metadata
+CLEAN_COLUMNS = ['fname', 'frame', 'gray', 'img_mean', 'use', *_index_columns]  # All that `clean_images` reads of the metadata
 
 # %% ../nbs/13_clean.ipynb #38b74c9e
 _METHOD = 3  # Raised when the same files would give other pictures
 
 def _part_key(slices):
     "What a part's pictures depend on, wherever the files lie"
-    return hashlib.blake2b(json.dumps([_METHOD, [[image, frame, mean] for image, _, frame, mean in slices]]).encode(), digest_size=12).hexdigest()
+    facts = [[image, frame, mean, *_windows(gray)] for image, _, frame, gray, mean in slices]
+    return hashlib.blake2b(json.dumps([_METHOD, facts]).encode(), digest_size=12).hexdigest()
+
+def _windows(gray): return [windows_of(gray)] if isinstance(gray, str) else []
 
 def _list_of(dest, number): return dest/'parts'/f'part-{number:05d}.json'
 
@@ -177,7 +181,7 @@ def _unchanged(slices, stamps):
     "Do the files that are still there have the size and time that they had?"
     return len(stamps) == len(slices) and all(len(now) == 1 or now == then for now, then in zip(_stamps(slices), stamps))
 
-def _stamps(slices): return [_stamp(fname) for _, fname, _, _ in slices]
+def _stamps(slices): return [_stamp(fname) for _, fname, *_ in slices]
 
 def _known(listed, key, slices):
     "What the list of a part says, where its files have not changed, else None"
@@ -197,8 +201,8 @@ def _save(path, array):
         np.lib.format.write_array_header_1_0(f, np.lib.format.header_data_from_array_1_0(array))
         f.write(array.data)
 
-def _readable(fname, frame, max_mb):
-    try: return upright_hu(fname, frame, max_mb)
+def _readable(fname, frame, gray, max_mb):
+    try: return slice_hu(fname, frame, gray, max_mb)
     except (OSError, ValueError) as e: raise CliError(f'cannot read {printable(fname)} any more ({printable(e)}): run `ich-metadata` again') from e
 
 def _clean_part(job, dest, sizes, max_mb):
@@ -222,17 +226,17 @@ def _clean_part(job, dest, sizes, max_mb):
 def _clean_slices(slices, sizes, max_mb):
     "Boxes [slices, 3], and pictures [slices, size, size] by size"
     boxes, pixels = np.empty((len(slices), 3), int), {s: np.empty((len(slices), s, s), np.int16) for s in sizes}
-    for i, (_, fname, frame, _) in enumerate(slices):
-        image = _readable(fname, frame, max_mb)
+    for i, (_, fname, frame, gray, _) in enumerate(slices):
+        image = _readable(fname, frame, gray, max_mb)
         boxes[i] = head_box(image)
         for s, picture in resized(crop(image, tuple(boxes[i])), sizes).items(): pixels[s][i] = picture
     return boxes, pixels
 
 def _jobs(metadata):
-    "(number, [image, fname, frame, img_mean] of each slice), a part at a time"
+    "(number, [image, fname, frame, gray, img_mean] of each slice), a part at a time"
     for i in range(0, len(metadata), SLICES_A_PART):
         rows = metadata.iloc[i:i+SLICES_A_PART]
-        yield i//SLICES_A_PART, list(map(list, zip(rows.index.tolist(), *(rows[c].tolist() for c in ('fname', 'frame', 'img_mean')))))
+        yield i//SLICES_A_PART, list(map(list, zip(rows.index.tolist(), *(rows[c].tolist() for c in ('fname', 'frame', 'gray', 'img_mean')))))
 
 def _index_there(dest):
     "The index of the store that is there, None where it is missing or damaged"
@@ -283,7 +287,9 @@ def store_index(
     at = np.arange(len(metadata))
     box = dict.fromkeys(('top', 'left', 'side'), 0)  # Known when the slices are cleaned
     index = metadata[_index_columns].assign(**box, part=at//SLICES_A_PART, row=at%SLICES_A_PART, kept=metadata.img_pct_window >= min_brain)
-    slices = pd.util.hash_pandas_object(metadata[['frame', 'img_mean']]).to_numpy()
+    made_of = metadata[['frame', 'img_mean']]
+    if metadata.gray.notna().any(): made_of = made_of.assign(windows=metadata.gray.map(windows_of, na_action='ignore'))
+    slices = pd.util.hash_pandas_object(made_of).to_numpy()
     key = hashlib.blake2b(slices.tobytes() + str(_METHOD).encode(), digest_size=12).hexdigest()
     index.attrs = dict(sizes=sorted(store_sizes(size)), min_brain=min_brain, key=key)
     return index
@@ -348,17 +354,18 @@ def estimate(
     n_files:int=100, # To try, spread evenly
 )->dict: # files, slices, source_bytes, store_bytes, memory_bytes, read_seconds, clean_seconds
     "What reading and cleaning will take; nothing is written"
-    files = find_files(source)
+    files = _listed(source)
     some = [files[i] for i in np.unique(np.linspace(0, len(files) - 1, min(n_files, len(files))).astype(int))]
     start = perf_counter()
     metadata, errors = read_metadata(some, n_workers=0)
     read = (perf_counter() - start)/len(some)
     slices = round(len(files)*len(metadata)/len(some))
     start, tried = perf_counter(), metadata.iloc[::max(1, len(metadata)//20)]
-    for row in tried.itertuples(): clean_slice(upright_hu(row.fname, row.frame), size)
+    for row in tried.itertuples(): clean_slice(slice_hu(row.fname, row.frame, row.gray), size)
     clean = (perf_counter() - start)/max(len(tried), 1)
     row_bytes = metadata.memory_usage(deep=True).sum()/max(len(metadata), 1)
-    on_disk = sum(os.stat(f).st_size for f in {f.partition('!')[0] if not os.path.exists(f) else f for f in files} if os.path.exists(f))
+    paths = {f.partition('!')[0] if not os.path.exists(f) else f for f in map(_path, files)}
+    on_disk = sum(os.stat(f).st_size for f in paths if os.path.exists(f))
     return dict(files=len(files), slices=slices, source_bytes=on_disk, store_bytes=2*slices*sum(s*s for s in store_sizes(size)),
                 memory_bytes=int((1 + n_workers)*WORKER_MB*2**20 + slices*row_bytes), read_seconds=read*len(files)/max(n_workers, 1), clean_seconds=clean*slices/max(n_workers, 1))
 

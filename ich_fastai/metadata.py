@@ -22,6 +22,7 @@ from fastcore.script import CliError
 from . import __version__
 from .core import disk_errors, in_order, keep_memory_in_dask, log, printable, progress, write_whole
 from .dicom import MAX_MB, Refused, _archive_of, hu, open_zip, slice_rows
+from .gray import GrayFile, bone_level, gray_rows, read_gray
 from .series import (_orientation, _position, _vector_names, brain_area, choose, find_stacks, head_order, look,
     series_facts, series_frame, slice_z, slices_in_use, where_to_look, SERIES_COLUMNS, TALL)
 
@@ -89,11 +90,18 @@ def _check_archive(path):
     except Exception as e: raise Refused('Unreadable', f'a damaged zip archive ({type(e).__name__})') from e
     if n == 0: raise Refused('Unreadable', 'an empty zip archive')
 
-def _read_file(fname, keep_phi=False, max_mb=MAX_MB):
-    "The rows of one file, or its error"
+def _rows_in(file, keep_phi=False, max_mb=MAX_MB):
+    "The rows of a DICOM file, or of a `GrayFile`"
+    return gray_rows(file, max_mb) if isinstance(file, GrayFile) else slice_rows(file, keep_phi, max_mb)
+
+def _path(file): return file.fname if isinstance(file, GrayFile) else file
+
+def _read_file(file, read=_rows_in):
+    "What `read` makes of one file, or its error as a row"
+    fname = _path(file)
     try:
         _check_path(fname)
-        try: return slice_rows(fname, keep_phi, max_mb)
+        try: return read(file)
         except ValueError:
             if _is_archive(fname): _check_archive(fname)
             raise
@@ -147,21 +155,26 @@ def _stamp(fname):
     except OSError: return [_shown(fname)]
     return [_shown(fname), status.st_size, status.st_mtime_ns]
 
+def _marks(file):
+    "What the rows of a file depend on"
+    if not isinstance(file, GrayFile): return _stamp(file)
+    return [_stamp(file.fname), _stamp(file.second), repr(file)]
+
 def _is_whole(path):
     try: return bool(_part_schema(path))
     except (OSError, pa.ArrowInvalid): return False
 
-def _read_rows(fnames, keep_phi, max_mb):
+def _read_rows(files, keep_phi, max_mb):
     keep_memory_in_dask()
-    return [row for f in fnames for row in _read_file(f, keep_phi, max_mb)]
+    return [row for f in files for row in _read_file(f, partial(_rows_in, keep_phi=keep_phi, max_mb=max_mb))]
 
-def _read_table(fnames, keep_phi, max_mb): return _as_table(_read_rows(fnames, keep_phi, max_mb))
+def _read_table(files, keep_phi, max_mb): return _as_table(_read_rows(files, keep_phi, max_mb))
 
-def _read_lot(fnames, folder, keep_phi=False, max_mb=MAX_MB):
+def _read_lot(files, folder, keep_phi=False, max_mb=MAX_MB):
     "The path of the table of a lot, read where `folder` does not have it yet"
-    key = json.dumps([__version__, keep_phi, max_mb, *map(_stamp, fnames)])
+    key = json.dumps([__version__, keep_phi, max_mb, *map(_marks, files)])
     path = Path(folder)/f'{hashlib.blake2b(key.encode(), digest_size=12).hexdigest()}.arrow'
-    if not _is_whole(path): _write_part(path, _read_rows(fnames, keep_phi, max_mb))
+    if not _is_whole(path): _write_part(path, _read_rows(files, keep_phi, max_mb))
     return str(path)
 
 # %% ../nbs/11_metadata.ipynb #7f05a8ac
@@ -225,14 +238,20 @@ def _with_order_notes(table):
 
 # %% ../nbs/11_metadata.ipynb #3c3c3931
 _stack_texts = dict.fromkeys(['SeriesInstanceUID', 'ConvolutionKernel', 'ContrastBolusAgent', 'SeriesDescription', *_vector_names('ImageType', 4)], _text)
-_slice_place = dict(fname=_text, frame=pa.int64(), **dict.fromkeys(_spacing, pa.float64()))
+_slice_place = dict(fname=_text, frame=pa.int64(), gray=_text, **dict.fromkeys(_spacing, pa.float64()))
 LOOK_AT_ONCE = 32  # Stacks that a worker looks at before it answers
 
 def _area(place, max_mb):
     "The `brain_area` of a slice; NaN where it cannot be read any more"
-    fname, frame, *spacing = place
-    try: return brain_area(hu(fname, frame or 1, max_mb), None if None in spacing else spacing)
+    fname, frame, gray, *spacing = place
+    try:
+        if gray: return _gray_area(fname, gray, max_mb)
+        return brain_area(hu(fname, frame or 1, max_mb), None if None in spacing else spacing)
     except (OSError, ValueError): return np.nan
+
+def _gray_area(fname, gray, max_mb):
+    bone = bone_level(gray)
+    return np.nan if np.isnan(bone) else brain_area(read_gray(fname, gray, max_mb), bone=bone)
 
 def _look_at_stacks(stacks, max_mb):
     "The areas of as many slices of each stack as had to be looked at"
@@ -276,7 +295,7 @@ CELLS = 2**17  # Of a few columns in memory at a time, and 4 columns at least
 MAX_COLUMNS = 1000  # Of the frame; a scanner's headers have 60 to 200
 _error_columns = dict.fromkeys(['fname', 'step', 'error', 'message'], _text)
 _slice_columns = dict(  # Those that are always there, also where no file gave a slice
-    dict.fromkeys(['image', 'StudyInstanceUID', 'SeriesInstanceUID', 'PatientID', 'fname', 'hu_repair', 'notes'], _text),
+    dict.fromkeys(['image', 'StudyInstanceUID', 'SeriesInstanceUID', 'PatientID', 'fname', 'gray', 'hu_repair', 'notes'], _text),
     **dict.fromkeys(['frame', 'img_min', 'img_max'], pa.int64()), **dict.fromkeys(['img_mean', 'img_std', 'img_pct_window', 'hu_intercept'], pa.float64()))
 
 def _wider(a, b):
@@ -369,8 +388,12 @@ def _frame(parts, kinds, rows, index, mend, computed=None):
     return mend(_side_by_side([table] if computed is None else [table, computed])).to_pandas().set_index(index)
 
 # %% ../nbs/11_metadata.ipynb #4d090827
+def _listed(source):
+    "The files of a source; gray images are listed already"
+    return source if isinstance(source, list) and source and isinstance(source[0], GrayFile) else find_files(source)
+
 def write_metadata(
-    source, # A folder, a zip archive, a file, or a list of them
+    source, # A folder, a zip archive, a file, or a list of them, or of `GrayFile`
     metadata_file, # Parquet to write: every CT slice, by `image`, in the order of the head
     errors_file, # Parquet to write: every other file with the reason, by `fname`
     lots, # A folder that keeps what was read, for going on after an interruption; on a disk that all workers share. Delete it afterwards
@@ -383,13 +406,13 @@ def write_metadata(
 )->tuple: # (slices, errors), how many
     "Read any number of files into two Parquet files, with little memory, and on from where an interrupted run stopped"
     read = partial(_read_lot, folder=str(lots), keep_phi=keep_phi, max_mb=max_mb)
-    parts = _in_lots(read, find_files(source), n_workers, executor)
+    parts = _in_lots(read, _listed(source), n_workers, executor)
     plans = _plan_frames(parts, deidentify, series=series, max_mb=max_mb, n_workers=n_workers, executor=executor)
     for dest, plan in zip((errors_file, metadata_file), plans): _write_frame(dest, parts, *plan)
     return tuple(len(rows) for _, rows, *_ in reversed(plans))
 
 def read_metadata(
-    folder_or_files, # A folder, a zip archive, a file, or a list of them
+    folder_or_files, # A folder, a zip archive, a file, or a list of them, or of `GrayFile`
     n_workers:int=2, # Processes; 0 works in this one
     executor=None, # A running `concurrent.futures.Executor` to use instead, such as a Dask cluster's
     keep_phi:bool=False, # Keep names, birth dates, accession numbers and institutions?
@@ -399,7 +422,7 @@ def read_metadata(
 )->tuple: # (metadata, errors), two frames by `image` and by `fname`
     "Every CT slice in the files as a row, in the order of the head, and every other file with the reason"
     read = partial(_read_table, keep_phi=keep_phi, max_mb=max_mb)
-    parts = _in_lots(read, find_files(folder_or_files), n_workers, executor)
+    parts = _in_lots(read, _listed(folder_or_files), n_workers, executor)
     plans = _plan_frames(parts, deidentify, series=series, max_mb=max_mb, n_workers=n_workers, executor=executor)
     errors, metadata = (_frame(parts, *plan) for plan in plans)
     return metadata, errors
