@@ -110,7 +110,7 @@ def _read_files(run, src, **options):
     os.replace(lots/'errors.parquet', run.file('errors'))
     most = _write_errors(run).message.mode()[0]
     shutil.rmtree(lots, ignore_errors=True)
-    raise CliError(f'no CT slice in {src}, most often "{most}": {run.path/"errors.csv"} has the reason of each file')
+    raise CliError(f'no CT slice in {printable(run.facts.get("source"))}, most often "{most}": {run.path/"errors.csv"} has the reason of each file')
 
 def _keep(run, lots):
     "Give what was read its final names"
@@ -133,25 +133,53 @@ def _refuse_to_void(run, force, **frames):
     if lost: raise CliError(f'this would void {_many(len(lost), "trained model")}, {", ".join(lost[:5])}{" and others" if len(lost) > 5 else ""}: choose another run folder, or do it with --force')
 
 def _new_split(run, metadata_file, labels, path, seed, force, **shares):
-    "Labels and split into the run folder"
+    "Labels and split into the run folder; no split where no patient is known"
     import pandas as pd
     from ich_fastai.labels import coverage, split_patients
     from ich_fastai.series import in_use
     frame = in_use(pd.read_parquet(metadata_file, columns=['StudyInstanceUID', 'PatientID', 'use']))
     if len(frame) == 0: raise CliError('no slice is in use, so there is nothing to learn from: run without --labels to see why')
-    counts = coverage(frame, labels)
+    facts = dict(labels=str(path), seed=seed, coverage=coverage(frame, labels), label_rows_merged=labels.attrs['merged'])
+    if frame.PatientID.isna().all(): return labels, None, facts
     split = split_patients(labels, frame, seed=seed, **shares)
     _refuse_to_void(run, force, labels=labels, split=split)
-    return labels, split, dict(labels=str(path), seed=seed, coverage=counts, label_rows_merged=labels.attrs['merged'])
+    return labels, split, facts
 
 def _keep_split(run, labels, split, facts):
-    for name, frame in dict(labels=labels, split=split).items(): run.write(name, frame)
+    for name, frame in dict(labels=labels, split=split).items():
+        if frame is not None: run.write(name, frame)
     run.record(**facts)
 
-def _same_source(run, src):
-    "Refuse to mix two sources in one run folder"
+def _same_source(run, src, deidentify):
+    "Refuse to mix two sources in one run folder, or names with hashes"
     before = run.facts.get('source')
+    if run.has('metadata') and (run.path/'salt').exists() != deidentify: raise CliError(f'{run.path} was read with{"out" if deidentify else ""} --deidentify: do so again, or choose another run folder')
     if run.has('metadata') and before != src: raise CliError(f'{run.path} holds {"metadata of unknown origin" if before is None else f"what was read from {before}"}: choose another run folder')
+
+def _salt(run):
+    "The salt of a run's hashes, drawn once"
+    import secrets
+    from ich_fastai.core import write_whole
+    path = run.path/'salt'
+    if not path.exists():
+        with write_whole(path) as part:
+            part.touch(mode=0o600)
+            part.write_text(secrets.token_hex(16))
+    return bytes.fromhex(path.read_text())
+
+def _gray_source(src, window, second, second_window, patients, no_patients):
+    "The images in `src` as `GrayFile`s, and what to record about them"
+    from ich_fastai.gray import list_gray, parse_window, pattern_of, read_patients
+    from ich_fastai.metadata import find_files
+    if not window and (second or second_window or patients or no_patients): raise CliError('--second, --second-window, --patients and --no-patients are for images of a window: give it with --window')
+    if bool(second) != bool(second_window): raise CliError('a second window wants both --second FOLDER and --second-window WINDOW')
+    if not window: return src, {}
+    windows = [parse_window(w) for w in (window, second_window) if w]
+    who = None if not patients else read_patients(patients) if os.path.isfile(patients) else pattern_of(patients)
+    root = src if os.path.isdir(src) else os.path.dirname(src)
+    other = (os.path.abspath(second), windows[1]) if second else (None, None)
+    files = list_gray(find_files(src), root, windows[0], who, *other, alone=no_patients)
+    return files, dict(windows=' and '.join(f'{w.width:g},{w.level:g}' for w in windows), no_patients=no_patients)
 
 # %% ../nbs/50_cli.ipynb #92fd55ba
 def _counted(texts, examples, most=5):
@@ -176,6 +204,7 @@ def _metadata_summary(run):
     if len(errors): say(f'{_many(len(errors), "file")} gave no slice, see {run.path/"errors.csv"}:', *_counted(errors.message, errors.index.to_series()))
 
 def _labels_summary(labels, split, facts):
+    if split is None: return say('no patient is known, so a split by patient is not possible and none was made: give --patients, or --no-patients to take each image for a patient of its own')
     found = labels.loc[split.index]
     say(f'labels: {", ".join(f"{k} {int(v):,}" for k, v in found.sum().items())}')
     say(', '.join(f"{v:,} {k.replace('_', ' ')}" for k, v in facts['coverage'].items()))
@@ -203,33 +232,43 @@ def _duration(seconds):
 
 # %% ../nbs/50_cli.ipynb #45efadee
 @command('ich-metadata rsna/stage_2_train run --labels rsna/stage_2_train.csv', 'ich-metadata /data/ct run --dry                      # what it will take; writes nothing',
-         'ich-metadata studies.zip run --n-workers 8')
+         'ich-metadata studies.zip run --n-workers 8',
+         'ich-metadata images run --window brain --patients who.csv --labels wide.csv        # PNG or JPEG files')
 def metadata(
-    src:str, # A folder of DICOM files, nested as you like, or a zip archive
+    src:str, # A folder of DICOM files, nested as you like, or a zip archive; with --window a folder of PNG or JPEG files
     run:str, # The run folder to make
-    labels:str=None, # The official label file, with the columns ID and Label; without it there is no split and no training
+    labels:str=None, # A label file: the official one with the columns ID and Label, or a row an image and a column a label; without it there is no split and no training
+    window:str='', # That of 8-bit images, by name or as width,level in HU: brain, or 120,40
+    second:str='', # Folder of the same images in a second window, such as bone, which knows what the first one has lost
+    second_window:str='', # That of the second folder
+    patients:str='', # Whose images these are: a CSV file with the columns file, patient, slice, or a pattern of their names such as {patient}_{slice}
+    no_patients:bool=False, # Take each image for a patient of its own? Splits then leak, and figures are too good
     dry:bool=False, # Only tell what reading and cleaning will take: files, disk, memory, time
     n_workers:int=2, # Processes; 0 works in this one
     scheduler:str=None, # Address of a Dask scheduler, such as tcp://10.0.0.1:8786: read on its workers instead
     max_mb:int=1024, # The most that a file may hold, unpack to or declare, in MiB
     series:Annotated[str, 'SeriesInstanceUID of a series to use in its study, whatever the rule says; may be given several times; `all` uses every axial series that shows a head', dict(action='append')]=None,
+    deidentify:bool=False, # Put salted hashes in place of PatientID and UIDs? The salt stays in the run folder
     seed:int=0, # Of the split by patient
     force:bool=False, # Replace labels and split even where that voids trained models?
     quiet:bool=False, # No progress bars, no summary
 ):
-    "Read every DICOM file into a frame of metadata, and the label file into labels and a split by patient"
+    "Read every DICOM file, or 8-bit image of a window, into a frame of metadata, and the label file into labels and a split by patient"
     from ich_fastai.core import Run
     from ich_fastai.labels import read_labels
-    from ich_fastai.metadata import find_files
+    from ich_fastai.metadata import find_files, hide_images
     source = os.path.abspath(src)
     if Path(source) in Path(run).absolute().parents: raise CliError(f'{run} lies in the folder that is to be read: choose a run folder outside of it')
     find_files(source)  # A wrong path must not leave a run folder behind, nor a wrong label file cost a long reading
-    if dry: return _tell_estimate(source, run, n_workers)
+    files, gray = _gray_source(source, window, second, second_window, patients, no_patients)
+    if dry: return _tell_estimate(files, run, n_workers)
     truth = None if labels is None else read_labels(labels)
     with Run(os.path.abspath(run), create=True).locked() as folder, _executor(scheduler, source, os.path.abspath(run)) as executor:
-        _same_source(folder, source)
-        folder.record(source=source)  # Before the reading: an interrupted run must know its own source again
-        lots = _read_files(folder, source, n_workers=n_workers, executor=executor, max_mb=max_mb, series=series or ())
+        _same_source(folder, source, deidentify)
+        folder.record(source=source, **gray)  # Before the reading: an interrupted run must know its own source again
+        salt = _salt(folder) if deidentify else None
+        lots = _read_files(folder, files, n_workers=n_workers, executor=executor, max_mb=max_mb, series=series or (), salt=salt)
+        if truth is not None and salt: truth = hide_images(truth, salt)
         split = None if truth is None else _new_split(folder, lots/'metadata.parquet', truth, os.path.abspath(labels), seed, force)
         _keep(folder, lots)
         _metadata_summary(folder)

@@ -22,7 +22,7 @@ from .recipes import Recipe, concerns, get_recipe, read_recipe
 from .labels import check_patients, subset
 from .clean import Store
 from .explore import PLAIN
-from .page import PHANTOM_BANNER, data_charts, inline, is_phantom, page, sides_table, slice_charts, slice_figure, table
+from .page import banners, data_charts, inline, is_phantom, page, sides_table, slice_charts, slice_figure, source_kind, table
 from .evaluate import (FEW, by_study, difference, intervals, of_split, operating_points, plot_calibration, plot_confusion,
                                  plot_roc, with_any)
 
@@ -393,12 +393,11 @@ def _seeds(models):
     return f"Seed{'s'*(len(seeds) > 1)} {', '.join(map(str, seeds))}"
 
 def _top(run, board, models):
-    phantom = is_phantom(run)
-    about = f"Data: {'phantoms (synthetic heads)' if phantom else 'DICOM files'}. {_seeds(models)}. Written {date.today():%d %B %Y} with ich_fastai. "
+    about = f"Data: {source_kind(run)}. {_seeds(models)}. Written {date.today():%d %B %Y} with ich_fastai. "
     intervals = ('Every interval is a 95 % bootstrap interval by patient: patients are drawn again with all their slices, since the slices of '
                  'one are nearly alike.')
     return Header(P('Research use, not a medical device', cls='use'), H1('Bleeding on head CT: ', Span(f'{len({name for name, _ in models.values()})} recipes compared')),
-                  PHANTOM_BANNER if phantom else '', *[P(s, cls='lead') for s in _findings(board)], P(_weights(run, models)), P(about + intervals))
+                  *banners(run), *[P(s, cls='lead') for s in _findings(board)], P(_weights(run, models)), P(about + intervals))
 
 # %% ../nbs/32_compare.ipynb #89e755c7
 def _figures(rows, columns, caption='', about=('slices',)):
@@ -511,7 +510,7 @@ def _about(run, models):
     facts, trained = run.facts, [_result(run.model(*model)) for model in models.values()]
     versions = {k: v for r in [facts, *trained] for k, v in (r.get('versions') or {}).items()}
     machine = next((r['hardware'] for r in [*trained, facts] if r.get('hardware')), {})
-    source = 'phantoms' if is_phantom(run) else 'DICOM files, whose folder is not shown here'
+    source = source_kind(run) if is_phantom(run) else f'{source_kind(run)}, whose folder is not shown here'
     said = {'source': source, 'seeds': ', '.join(map(str, sorted({seed for _, seed in models.values()}))), **(facts.get('coverage') or {}), 'label rows merged': facts.get('label_rows_merged', ''), **machine, **versions}
     rows = [{'what': k.replace('_', ' '), 'value': str(v)} for k, v in said.items() if v != '']
     return Section(H2('What the run was'), table(rows, text=('what', 'value')))

@@ -6,14 +6,14 @@
 __all__ = ['TYPES_FROM', 'read_labels', 'coverage', 'people', 'check_patients', 'split_patients', 'subset']
 
 # %% ../nbs/12_labels.ipynb #307ba335
-import codecs, zipfile
+import codecs, re, zipfile
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from fastcore.script import CliError
-from .core import LABELS, TYPES, printable
+from .core import LABELS, TYPES, printable, short_names, without_suffix
 from .series import in_use
 
 # %% ../nbs/12_labels.ipynb #350c971f
@@ -34,22 +34,33 @@ def _opened(path, **options):
         encoding = 'utf16' if start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else 'utf8'
         yield stack.enter_context(csv.open_csv(file, csv.ReadOptions(encoding=encoding), **options))
 
-def _columns(path):
-    "The names in the file of the columns ID and Label"
-    with _opened(path) as reader: names = reader.schema.names
+@contextmanager
+def _reading(path):
+    "What goes wrong with a label file becomes one line"
+    import pyarrow as pa
+    if not path.is_file(): raise CliError(f'no label file {path}: check the path')
+    try: yield
+    except (pa.ArrowException, ValueError, OSError, zipfile.BadZipFile) as e: raise CliError(f'{path} is not a label file: {printable(e)}') from None
+
+def _header(path):
+    "The names of a file's columns"
+    with _reading(path), _opened(path) as reader: return reader.schema.names
+
+def _long_columns(names):
+    "The columns ID and Label, or nothing"
     plain = [name.strip() for name in names]
-    if plain.count('ID') == plain.count('Label') == 1: return [names[plain.index(name)] for name in ('ID', 'Label')]
-    raise CliError(f"{path} has the columns {printable(', '.join(names[:8]))}: a label file has ID and Label")
+    return [names[plain.index(name)] for name in ('ID', 'Label')] if plain.count('ID') == plain.count('Label') == 1 else []
+
+def _texts(path, columns):
+    "Some columns as Arrow texts, some 40,000 rows at a time"
+    import pyarrow as pa, pyarrow.compute as pc, pyarrow.csv as csv
+    kinds = csv.ConvertOptions(column_types=dict.fromkeys(columns, pa.string()), include_columns=columns)
+    with _reading(path), _opened(path, convert_options=kinds) as reader:
+        yield from ([pc.utf8_trim_whitespace(column) for column in batch.columns] for batch in reader)
 
 def _batches(path):
-    "Columns `ID` and `Label` as Arrow texts, some 40,000 rows at a time"
-    import pyarrow as pa, pyarrow.compute as pc, pyarrow.csv as csv
-    if not path.is_file(): raise CliError(f'no label file {path}: check the path')
-    try:
-        columns = _columns(path)
-        texts = csv.ConvertOptions(column_types=dict.fromkeys(columns, pa.string()), include_columns=columns)
-        with _opened(path, convert_options=texts) as reader: yield from ([pc.utf8_trim_whitespace(column) for column in batch.columns] for batch in reader)
-    except (pa.ArrowException, ValueError, OSError, zipfile.BadZipFile) as e: raise CliError(f'{path} is not a label file: {printable(e)}') from None
+    "Columns `ID` and `Label`, some 40,000 rows at a time"
+    return _texts(path, _long_columns(_header(path)))
 
 def _cut(ids):
     "The image that each ID names, and the number of its label, -1 where that is unknown"
@@ -85,20 +96,7 @@ def _refuse(path, what, bad):
     first = '; '.join(f'line {i+2}: ' + printable(f'{ids[int(i)]},{values[int(i)]}', 100) for i in lines[:3])
     raise CliError(f'{path}: {len(lines):,} rows with {what}: {first}')
 
-def read_labels(
-    csv, # Path of a file with the columns ID (`<image>_<label>`) and Label (0 or 1)
-)->pd.DataFrame: # By image, six bool columns in the order of LABELS; `attrs['merged']` rows stood twice
-    "One row an image from the official label file"
-    path = Path(csv)
-    batches = [(*_cut(ids), _truth(values)) for ids, values in _batches(path)]
-    if not batches: raise CliError(f'{path} has no rows: a label file has six for each image')
-    images, label, truth = zip(*batches)
-    label, truth = np.concatenate(label), np.concatenate(truth)
-    _refuse(path, 'an unknown label', label < 0)
-    _refuse(path, 'a value other than 0 and 1', truth < 0)
-    return _wide(path, *_number_images(images), label, truth)
-
-def _wide(path, image, names, label, truth):
+def _pivoted(path, image, names, label, truth):
     "One row an image, from one row a label"
     cell, n = image*len(LABELS) + label, len(names)*len(LABELS)
     rows, ones = np.bincount(cell, minlength=n), np.bincount(cell[truth == 1], minlength=n)
@@ -112,6 +110,60 @@ def _wide(path, image, names, label, truth):
     frame = pd.DataFrame(wide, pd.Index(names.to_pandas(), name='image'), LABELS)
     frame.attrs['merged'] = len(cell) - n
     return frame
+
+# %% ../nbs/12_labels.ipynb #3276b97d
+_image_names = 'file', 'filename', 'image', 'imagename', 'id', 'sopinstanceuid'
+
+def _plain(name): return re.sub(r'[\s_-]', '', name).lower()
+
+def _wide_columns(names):
+    "(the column that names the image, label to column), or nothing where a type has none"
+    plain = {_plain(name): name for name in reversed(names)}
+    labels = {label: plain[label] for label in LABELS if label in plain}
+    image = next((plain[name] for name in _image_names if name in plain), names[0])
+    return (image, labels) if set(TYPES) <= set(labels) and image not in labels.values() else ()
+
+_said = {'1': True, '1.0': True, 'true': True, '0': False, '0.0': False, 'false': False}
+
+def _read_wide(path, image, columns):
+    "One row an image from a file that has that already"
+    rows = pd.concat([pd.DataFrame({k: c.to_pandas() for k, c in zip(['image', *columns], batch)}) for batch in _texts(path, [image, *columns.values()])])
+    truth = rows[list(columns)].apply(lambda column: column.str.lower().map(_said))
+    wrong = np.flatnonzero(truth.isna().any(axis=1) | (rows['image'].fillna('') == ''))
+    if len(wrong): raise CliError(f"{path}: {len(wrong):,} rows without a name, or with a value other than 0 and 1: line {wrong[0] + 2}: {printable(','.join(map(str, rows.iloc[wrong[0]])), 100)}")
+    frame = truth.astype(bool).set_index(pd.Index(short_names([without_suffix(name) for name in rows['image']]), name='image'))
+    types = frame[list(TYPES)].any(axis=1)
+    if 'any' not in frame: frame['any'] = types
+    unlike = np.flatnonzero(frame['any'] != types)
+    if len(unlike): raise CliError(f'{path}: `any` unlike the five types in {len(unlike):,} rows: line {unlike[0] + 2}: {printable(frame.index[unlike[0]], 100)}')
+    return _merged(path, frame[list(LABELS)])
+
+def _merged(path, frame):
+    "A frame in which no image stands twice; rows that stood twice are counted"
+    once = frame[~(frame.assign(image=frame.index).duplicated()).to_numpy()]
+    twice = once.index[once.index.duplicated()]
+    if len(twice): raise CliError(f'{path}: labels that contradict each other for {len(twice):,} images: {printable(twice[0], 100)}')
+    once.attrs['merged'] = len(frame) - len(once)
+    return once
+
+def read_labels(
+    csv, # Path of a file with the columns ID (`<image>_<label>`) and Label (0 or 1), or with a row an image and a column a label
+)->pd.DataFrame: # By image, six bool columns in the order of LABELS; `attrs['merged']` rows stood twice
+    "One row an image from a label file"
+    path = Path(csv)
+    names = _header(path)
+    if _long_columns(names): return _read_long(path)
+    if wide := _wide_columns(names): return _read_wide(path, *wide)
+    raise CliError(f"{path} has the columns {printable(', '.join(names[:12]))}: a label file has ID and Label, or a column for each of {', '.join(TYPES)}")
+
+def _read_long(path):
+    batches = [(*_cut(ids), _truth(values)) for ids, values in _batches(path)]
+    if not batches: raise CliError(f'{path} has no rows: a label file has six for each image')
+    images, label, truth = zip(*batches)
+    label, truth = np.concatenate(label), np.concatenate(truth)
+    _refuse(path, 'an unknown label', label < 0)
+    _refuse(path, 'a value other than 0 and 1', truth < 0)
+    return _pivoted(path, *_number_images(images), label, truth)
 
 # %% ../nbs/12_labels.ipynb #81c1a6d1
 def coverage(
