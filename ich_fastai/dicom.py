@@ -7,7 +7,7 @@ __all__ = ['MAX_MB', 'MAX_ELEMENTS', 'SMALL', 'LONG', 'MAX_DIRECTORY', 'MAX_KEYS
            'MIN_SIDE', 'MAX_FRAMES', 'DECODE_SECONDS', 'Histogram', 'WRAP', 'WRAPPED_AIR', 'PADDING', 'AIR', 'BRIGHT',
            'HU_MIN', 'HU_MAX', 'Refused', 'open_zip', 'read_dicom', 'header', 'n_frames', 'stored_pixels', 'histogram',
            'pixel_stats', 'wrap_state', 'functional_groups', 'shared_groups', 'Scale', 'rescale', 'scaling', 'hu',
-           'turned', 'squared', 'upright_hu', 'slice_rows', 'window_lut', 'freqhist_bins', 'hist_lut']
+           'turned', 'squared', 'upright_hu', 'slice_rows', 'read_slices', 'window_lut', 'freqhist_bins', 'hist_lut']
 
 # %% ../nbs/10_dicom.ipynb #299610aa
 import atexit, io, json, os, re, stat, struct, subprocess, sys, threading, warnings, zipfile, zlib
@@ -722,10 +722,14 @@ def upright_hu(
     "The slice in Hounsfield units, as models see it"
     with _refusals(), warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        image, ds, groups = _frame_hu(file, frame, max_mb)
-        orientation, spacing = (_vector(ds, groups, key, n) for key, n in (('ImageOrientationPatient', 6), ('PixelSpacing', 2)))
-        if len(spacing) == 2 and 1.01 < max(spacing)/min(spacing) < 8: image = squared(image, spacing)
-        return np.ascontiguousarray(turned(image, orientation)) if len(orientation) == 6 else image
+        return _upright(*_frame_hu(file, frame, max_mb))
+
+def _upright(image, ds, groups):
+    "HU as models see them: square pixels, the face at the top"
+    orientation = _vector(ds, groups, 'ImageOrientationPatient', 6)
+    spacing = _vector(ds, groups, 'PixelSpacing', 2)
+    if len(spacing) == 2 and 1.01 < max(spacing)/min(spacing) < 8: image = squared(image, spacing)
+    return np.ascontiguousarray(turned(image, orientation)) if len(orientation) == 6 else image
 
 def _vector(ds, groups, key, n):
     "The numbers of an element of the frame, or none where it has not `n` of them"
@@ -790,6 +794,18 @@ def slice_rows(
     max_mb:int=MAX_MB, # The most that the file may hold, unpack to or declare, in MiB
 )->list: # A dict a frame, for the metadata frame
     "Every slice in the file as a row: header, statistics, and the intercept that gives HU; a `Refused` says why there is none"
+    return [row for row, _ in _slices(fname, keep_phi, max_mb)]
+
+def read_slices(
+    fname, # Path of a file, or `archive.zip!member`
+    make, # A function of the HU of a slice as models see it, int16 [rows, columns]
+    max_mb:int=MAX_MB, # As for `slice_rows`
+)->list: # (row, what `make` gives) a frame
+    "Rows as `slice_rows` gives them, and something made of the pixels, by reading the file once"
+    return list(_slices(fname, False, max_mb, make))
+
+def _slices(fname, keep_phi, max_mb, make=None):
+    "(row, what `make` gives of its HU) of each frame in a file"
     with _refusals(), warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter('always')
         ds = _opened(str(fname), max_mb << 20)
@@ -799,23 +815,26 @@ def slice_rows(
         n = n_frames(ds)
         if n*sum(len(v) for v in base.values() if isinstance(v, str)) > max_mb << 16: raise Refused('TooLarge', 'a header too long to be repeated for each frame')
         shared = shared_groups(ds)
-        rows, notes = zip(*[_frame_row(ds, base, i+1, n, shared, max_mb) for i in range(n)])
+        frames = [_frame_row(ds, base, i+1, n, shared, max_mb, make) for i in range(n)]
         of_file = _notes(ds, base, unreadable, len(warned))
-    return [{**base, **row, 'fname': str(fname), 'notes': _joined([*of_file[:2], *own, *of_file[2:]])} for row, own in zip(rows, notes)]
+    for row, notes, made in frames: yield {**base, **row, 'fname': str(fname), 'notes': _joined([*of_file[:2], *notes, *of_file[2:]])}, made
 
-def _frame_row(ds, base, frame, n, shared, max_mb):
-    "(what a frame has of its own, what is odd about it)"
+def _frame_row(ds, base, frame, n, shared, max_mb, make=None):
+    "(what a frame has of its own, what is odd about it, what `make` gives of its HU)"
     groups, raw = functional_groups(ds, frame, shared), _all_bits(ds, frame, max_mb)
     known = {**base, **groups}
     stored = known.get('BitsStored')
     h, (lowest, highest) = histogram(raw), _limits(stored, raw.dtype)
-    if h.values[0] < lowest or h.values[-1] > highest: h = histogram(_without_unused_bits(raw, stored))
+    if h.values[0] < lowest or h.values[-1] > highest:
+        raw = _without_unused_bits(raw, stored)
+        h = histogram(raw)
     scale = scaling(ds, raw.dtype, known, lambda: h)
+    made = None if make is None else make(_upright(_in_hu(raw, scale), ds, groups))
     h = _padding_as_air(h, scale, lowest, highest)
     hu = _to_hu(scale, h.values)
     if scale.repair == 'wrapped': hu = np.where(h.values == PADDING % WRAP, PADDING, hu)  # Where it is most of a slice, it is padding, not bone
     row = dict(image=base['SOPInstanceUID'] + (f'#{frame}' if n > 1 else ''), frame=frame, **_stats(h, hu), hu_intercept=scale.intercept, hu_repair=scale.repair)
-    return {**groups, **row}, _frame_notes(ds, frame, known, scale, h, hu)
+    return {**groups, **row}, _frame_notes(ds, frame, known, scale, h, hu), made
 
 def _padding_as_air(h, scale, lowest, highest):
     "The histogram with bright padding where air is, or at the darkest value that the bits hold"

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MIN_BRAIN', 'LOOK_AT_ONCE', 'ROW_GROUP', 'CELLS', 'MAX_COLUMNS', 'find_files', 'hide_images', 'write_metadata',
-           'read_metadata', 'write_series']
+           'read_metadata', 'frames_of_rows', 'write_series']
 
 # %% ../nbs/11_metadata.ipynb #41c2cdb7
 import hashlib, json, os, re, secrets, tempfile, zipfile
@@ -253,10 +253,10 @@ def _gray_area(fname, gray, max_mb):
     bone = bone_level(gray)
     return np.nan if np.isnan(bone) else brain_area(read_gray(fname, gray, max_mb), bone=bone)
 
-def _look_at_stacks(stacks, max_mb):
+def _look_at_stacks(stacks, area):
     "The areas of as many slices of each stack as had to be looked at"
     keep_memory_in_dask()
-    return [look(places, partial(_area, max_mb=max_mb), everywhere) for places, everywhere in stacks]
+    return [look(places, area, everywhere) for places, everywhere in stacks]
 
 def _rows_to_look_at(stack, stacks):
     "Row numbers of each stack, in the order in which to look at them"
@@ -264,7 +264,7 @@ def _rows_to_look_at(stack, stacks):
     rows = np.split(np.argsort(stack, kind='stable'), np.cumsum(stacks.slices)[:-1]) if len(stacks) else []
     return [of_stack[where_to_look(len(of_stack), h)] if plane == 2 else of_stack[:0] for of_stack, h, plane in zip(rows, height, stacks.plane)]
 
-def _brain_areas(parts, rows, stack, stacks, max_mb=MAX_MB, n_workers=0, executor=None):
+def _brain_areas(parts, rows, stack, stacks, max_mb=MAX_MB, n_workers=0, executor=None, area=None):
     "cm² of brain in each slice, NaN where nobody looked"
     wanted = _rows_to_look_at(stack, stacks)
     ends = np.cumsum([len(w) for w in wanted])
@@ -272,7 +272,7 @@ def _brain_areas(parts, rows, stack, stacks, max_mb=MAX_MB, n_workers=0, executo
     tall = (stacks.high - stacks.low) > TALL
     jobs = [(places[end - len(w):end], bool(t)) for w, end, t in zip(wanted, ends, tall)]
     n_workers = n_workers if len(jobs) > LOOK_AT_ONCE else 0
-    looked = in_order(partial(_look_at_stacks, max_mb=max_mb), list(chunked(jobs, LOOK_AT_ONCE)), n_workers, executor, 'looking for heads', len(jobs), 'stack', LOOK_AT_ONCE)
+    looked = in_order(partial(_look_at_stacks, area=area or partial(_area, max_mb=max_mb)), list(chunked(jobs, LOOK_AT_ONCE)), n_workers, executor, 'looking for heads', len(jobs), 'stack', LOOK_AT_ONCE)
     areas = np.full(len(stack), np.nan)
     found = [areas for lot in looked for areas in lot]
     for w, seen in zip(wanted, found): areas[w[:len(seen)]] = seen
@@ -441,6 +441,15 @@ def read_metadata(
     parts = _in_lots(read, _listed(folder_or_files), n_workers, executor)
     plans = _plan_frames(parts, (salt or secrets.token_bytes(16)) if deidentify else None, series=series, max_mb=max_mb, n_workers=n_workers, executor=executor)
     errors, metadata = (_frame(parts, *plan) for plan in plans)
+    return metadata, errors
+
+def frames_of_rows(
+    rows, # Dicts of slices and of errors, in the order of their paths, as `slice_rows` gives them
+    area, # A function of (fname, frame, ...) that gives the `brain_area` of a slice
+)->tuple: # (metadata, errors)
+    "What `read_metadata` makes of rows that were read already"
+    parts = [_as_table(rows)]
+    errors, metadata = (_frame(parts, *plan) for plan in _plan_frames(parts, area=area))
     return metadata, errors
 
 def write_series(
