@@ -403,14 +403,16 @@ class Run:
         "The frame `name`, or an error that names the command that makes it"
         import pandas as pd
         self.need(name)
-        try: return pd.read_parquet(self.file(name), columns=columns)
+        try: frame = pd.read_parquet(self.file(name), columns=columns)
         except (OSError, ValueError) as e: raise CliError(f'{self.file(name)} is damaged or of another version: make it again with `{_made_by[name].format(run=self.path)}`') from e
+        return frame.assign(fname=[os.path.join(self.path.absolute(), f) for f in frame['fname']]) if 'fname' in frame else frame
 
     def write(self,
         name:str, # As for `read`
         frame, # A DataFrame; its index is kept
     ):
-        "Write the frame whole"
+        "Write the frame whole; `fname` in it becomes absolute, so that the run folder can be used from anywhere"
+        if 'fname' in frame: frame = frame.assign(fname=[os.path.abspath(f) for f in frame['fname']])
         with write_whole(self.file(name)) as part: frame.to_parquet(part)
 
     @contextmanager

@@ -164,7 +164,7 @@ def _by_name(folder):
     "The files below a folder, by their names without suffix, with and without folders"
     if folder is None: return {}
     if not os.path.isdir(folder): raise CliError(f'no folder {printable(folder)}: check the path of the second window')
-    paths = [str(p) for p in Path(folder).rglob('*') if p.is_file()]
+    paths = [os.path.abspath(p) for p in Path(folder).rglob('*') if p.is_file()]
     names = [without_suffix(os.path.relpath(p, folder)) for p in paths]
     return {PurePath(n).name: p for n, p in zip(names, paths)} | dict(zip(names, paths))
 
