@@ -23,8 +23,8 @@ from . import __version__
 from .core import disk_errors, in_order, keep_memory_in_dask, log, printable, progress, write_whole
 from .dicom import MAX_MB, Refused, _archive_of, hu, open_zip, slice_rows
 from .gray import GrayFile, bone_level, gray_rows, read_gray
-from .series import (_orientation, _position, _vector_names, brain_area, choose, find_stacks, head_order, look,
-    series_facts, series_frame, slice_z, slices_in_use, where_to_look, SERIES_COLUMNS, TALL)
+from .series import (_orientation, _position, _vector_names, BONE, SERIES_COLUMNS, TALL, Sight, choose, find_stacks, head_order,
+    look, look_at, no_head, series_facts, series_frame, slice_z, slices_in_use, where_to_look)
 
 # %% ../nbs/11_metadata.ipynb #e9126a5f
 def _is_archive(path): return path.lower().endswith('.zip') and os.path.isfile(path)
@@ -241,22 +241,24 @@ _stack_texts = dict.fromkeys(['SeriesInstanceUID', 'ConvolutionKernel', 'Contras
 _slice_place = dict(fname=_text, frame=pa.int64(), gray=_text, **dict.fromkeys(_spacing, pa.float64()))
 LOOK_AT_ONCE = 32  # Stacks that a worker looks at before it answers
 
-def _area(place, max_mb):
-    "The `brain_area` of a slice; NaN where it cannot be read any more"
+_unseen = Sight(np.nan, np.nan, np.nan)
+
+def _see(place, max_mb):
+    "The `Sight` of a slice; one that tells nothing where it cannot be read any more"
     fname, frame, gray, *spacing = place
     try:
-        if gray: return _gray_area(fname, gray, max_mb)
-        return brain_area(hu(fname, frame or 1, max_mb), None if None in spacing else spacing)
-    except (OSError, ValueError): return np.nan
+        if gray: return _see_gray(read_gray(fname, gray, max_mb), bone_level(gray))
+        return look_at(hu(fname, frame or 1, max_mb), None if None in spacing else spacing)
+    except (OSError, ValueError): return _unseen
 
-def _gray_area(fname, gray, max_mb):
-    bone = bone_level(gray)
-    return np.nan if np.isnan(bone) else brain_area(read_gray(fname, gray, max_mb), bone=bone)
+def _see_gray(image, top):
+    "Brain alone: body and lung cannot be told from air where the window has lost what is dark"
+    return _unseen if np.isnan(top) else Sight(look_at(image, bone=min(top, BONE)).brain, 0., 0.)
 
-def _look_at_stacks(stacks, area):
-    "The areas of as many slices of each stack as had to be looked at"
+def _look_at_stacks(stacks, see):
+    "The sights of as many slices of each stack as had to be looked at"
     keep_memory_in_dask()
-    return [look(places, area, everywhere) for places, everywhere in stacks]
+    return [look(places, see, everywhere) for places, everywhere in stacks]
 
 def _rows_to_look_at(stack, stacks):
     "Row numbers of each stack, in the order in which to look at them"
@@ -264,19 +266,19 @@ def _rows_to_look_at(stack, stacks):
     rows = np.split(np.argsort(stack, kind='stable'), np.cumsum(stacks.slices)[:-1]) if len(stacks) else []
     return [of_stack[where_to_look(len(of_stack), h)] if plane == 2 else of_stack[:0] for of_stack, h, plane in zip(rows, height, stacks.plane)]
 
-def _brain_areas(parts, rows, stack, stacks, max_mb=MAX_MB, n_workers=0, executor=None, area=None):
-    "cm² of brain in each slice, NaN where nobody looked"
+def _sights(parts, rows, stack, stacks, max_mb=MAX_MB, n_workers=0, executor=None, see=None):
+    "The sight of each slice, NaN where nobody looked"
     wanted = _rows_to_look_at(stack, stacks)
     ends = np.cumsum([len(w) for w in wanted])
     places = list(zip(*(column.to_pylist() for column in _gather(parts, _slice_place, rows[np.concatenate([[], *wanted]).astype(int)]).columns)))
     tall = (stacks.high - stacks.low) > TALL
     jobs = [(places[end - len(w):end], bool(t)) for w, end, t in zip(wanted, ends, tall)]
-    n_workers = n_workers if len(jobs) > LOOK_AT_ONCE else 0
-    looked = in_order(partial(_look_at_stacks, area=area or partial(_area, max_mb=max_mb)), list(chunked(jobs, LOOK_AT_ONCE)), n_workers, executor, 'looking for heads', len(jobs), 'stack', LOOK_AT_ONCE)
-    areas = np.full(len(stack), np.nan)
-    found = [areas for lot in looked for areas in lot]
-    for w, seen in zip(wanted, found): areas[w[:len(seen)]] = seen
-    return areas
+    lots, n_workers = list(chunked(jobs, LOOK_AT_ONCE)), n_workers if len(jobs) > LOOK_AT_ONCE else 0
+    read = partial(_look_at_stacks, see=see or partial(_see, max_mb=max_mb))
+    found = [of_stack for lot in in_order(read, lots, n_workers, executor, 'looking for heads', len(jobs), 'stack', LOOK_AT_ONCE) for of_stack in lot]
+    sights = np.full((len(stack), len(Sight._fields)), np.nan)
+    for w, of_stack in zip(wanted, found): sights[w[:len(of_stack)]] = np.reshape(of_stack, (-1, len(Sight._fields)))
+    return pd.DataFrame(sights, columns=Sight._fields)
 
 def _named(series, uids, salt):
     "The series that a user names, by UID or by the hash that stands for it; a `CliError` where one is not there"
@@ -291,10 +293,10 @@ def _used(parts, rows, frame, series=(), salt=None, **reading):
     stack, stacks, middle = find_stacks(frame)
     texts = _gather(parts, _stack_texts, rows[stacks['first'].to_numpy()]).to_pandas()
     series = _named(series, texts.SeriesInstanceUID, salt)
-    areas = _brain_areas(parts, rows, stack, stacks, **reading)
-    stacks = stacks.join(series_facts(texts)).assign(brain=pd.Series(areas).groupby(stack).max(), uid=texts.SeriesInstanceUID)
-    why = slices_in_use(stack, choose(stacks, series), middle, areas)
-    return dict(use=why == '', not_used=why, brain_cm2=areas)
+    sights = _sights(parts, rows, stack, stacks, **reading)
+    stacks = stacks.join(series_facts(texts)).assign(no_head=no_head(sights, stack), uid=texts.SeriesInstanceUID)
+    why = slices_in_use(stack, choose(stacks, series), middle, sights.brain.to_numpy())
+    return dict(use=why == '', not_used=why, brain_cm2=sights.brain.to_numpy())
 
 # %% ../nbs/11_metadata.ipynb #268a38d3
 ROW_GROUP = 8192  # Rows in memory at a time
@@ -445,11 +447,11 @@ def read_metadata(
 
 def frames_of_rows(
     rows, # Dicts of slices and of errors, in the order of their paths, as `slice_rows` gives them
-    area, # A function of (fname, frame, ...) that gives the `brain_area` of a slice
+    see, # A function of (fname, frame, gray, mm from row to row, from column to column) that gives the `Sight` of a slice
 )->tuple: # (metadata, errors)
     "What `read_metadata` makes of rows that were read already"
     parts = [_as_table(rows)]
-    errors, metadata = (_frame(parts, *plan) for plan in _plan_frames(parts, area=area))
+    errors, metadata = (_frame(parts, *plan) for plan in _plan_frames(parts, see=see))
     return metadata, errors
 
 def write_series(

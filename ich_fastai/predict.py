@@ -17,7 +17,7 @@ from fastai.basics import default_device
 from fastcore.script import CliError
 from .core import LABELS, in_order, log, printable
 from .dicom import read_slices
-from .series import brain_area, in_use
+from .series import Sight, in_use, look_at
 from .metadata import _read_file, find_files, frames_of_rows
 from .clean import MIN_BRAIN, clean_slice, store_sizes
 from .data import make_loader
@@ -40,22 +40,23 @@ MANY = 200  # Files; fewer are read before worker processes have started
 
 class Seen(NamedTuple):
     "What is kept of a slice's pixels"
-    area:float  # cm² of brain, were the image 250 mm wide
+    sight:Sight  # Were the image 250 mm wide
     columns:int  # Pixels across, once they are square
     cleaned:dict  # By size, int16 HU [size, size]
 
-def _see(image, largest): return Seen(brain_area(image), image.shape[1], clean_slice(image, largest)[1])
+def _seen(image, largest): return Seen(look_at(image), image.shape[1], clean_slice(image, largest)[1])
 
 def _read(fname, largest):
     "(row, what is kept of the pixels) of each slice of a file; of a file without one, its error and None"
-    found = _read_file(fname, partial(read_slices, make=partial(_see, largest=largest)))
+    found = _read_file(fname, partial(read_slices, make=partial(_seen, largest=largest)))
     return [(part, None) if isinstance(part, dict) else part for part in found]
 
-def _area_seen(place, seen):
-    "cm² of brain in a slice that was read"
+def _sight(place, seen):
+    "The sight of a slice that was read, at its true width"
     fname, frame, _, *spacing = place
     one = seen[fname, frame]
-    return one.area if None in spacing else one.area*(one.columns*min(spacing)/250)**2
+    scale = 1 if None in spacing else (one.columns*min(spacing)/250)**2
+    return Sight(*(area*scale for area in one.sight))
 
 def read_study(
     src, # A folder of DICOM files, an iterable of paths, or a zip archive; of one study or several
@@ -67,7 +68,7 @@ def read_study(
     read = in_order(partial(_read, largest=largest), files, n_workers if len(files) > MANY else 0, label='reading files', unit='file')
     pairs = [pair for of_file in read for pair in of_file]
     seen = {(row['fname'], row['frame']): one for row, one in pairs if one}
-    metadata, errors = frames_of_rows([row for row, _ in pairs], partial(_area_seen, seen=seen))
+    metadata, errors = frames_of_rows([row for row, _ in pairs], partial(_sight, seen=seen))
     used = in_use(metadata)
     cleaned = [seen[key].cleaned for key in zip(used['fname'], used['frame'])]
     return metadata, errors, MemoryStore(used, {size: np.array([one[size] for one in cleaned]) for size in store_sizes(largest)})
