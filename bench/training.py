@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 import torch
 from ich_fastai._threads import own_cores
-from ich_fastai.clean import Store, export_jpegs
+from ich_fastai.clean import Store, export_images
 from ich_fastai.core import TYPES, Run, keep_freed_memory
 from ich_fastai.data import hist_bins, make_loader, phantom_run, task_slices
 from ich_fastai.labels import split_patients
@@ -347,9 +347,8 @@ def prepare(args, folder): # What the sections share
     if not args.quick: run.write('split', split_patients(run.read('labels'), run.read('metadata'), test=0.4))  # More patients to compare recipes on
     store = Store(run.images)
     bins = hist_bins(store, np.arange(len(store)))
-    export_jpegs(store, folder/'jpeg')
-    export_jpegs(store, folder/'hist', bins=bins)
-    return SimpleNamespace(folder=folder, run=run, store=store, bins=bins, jpeg=folder/'jpeg', hist_jpeg=folder/'hist', quick=args.quick)
+    jpeg, hist_jpeg = export_images(store, folder/'jpeg'), export_images(store, folder/'jpeg', bins=bins)
+    return SimpleNamespace(folder=folder, run=run, store=store, bins=bins, jpeg=jpeg, hist_jpeg=hist_jpeg, quick=args.quick)
 
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SLICES_A_PART', 'CLEAN_COLUMNS', 'WORKER_MB', 'head_mask', 'head_box', 'crop', 'resize', 'store_sizes', 'source_size',
            'resized', 'clean_slice', 'clean_images', 'store_index', 'sizes_of', 'Store', 'estimate', 'gray_levels',
-           'export_jpegs', 'JpegStore']
+           'export_images', 'JpegStore']
 
 # %% ../nbs/13_clean.ipynb #635e688b
 import hashlib, json, os, re
@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 from fastcore.script import CliError
-from .core import WINDOWS, check_options, disk_errors, in_order, keep_memory_in_dask, printable, progress, sweep, write_whole
+from .core import WINDOWS, check_options, disk_errors, in_order, keep_memory_in_dask, only_one, pick, printable, progress, sweep, write_whole
 from .dicom import HU_MAX, HU_MIN, MAX_MB, hist_lut, hu, window_lut
 from .gray import slice_hu, windows_of
 from .series import in_use
@@ -379,55 +379,119 @@ def gray_levels(
     return np.roll(levels, HU_MIN, axis=0).take(pixels, axis=0)  # HU below 0 count from the table's end, as Python's indices do
 
 # %% ../nbs/13_clean.ipynb #f37b586f
-def _file_name(image):
+_suffixes = dict(jpeg='.jpg', png='.png')  # By format
+
+def _file_name(image, suffix='.jpg'):
     "A safe, unique name of at most 200 bytes"
-    if re.fullmatch(r'[A-Za-z0-9_#-][A-Za-z0-9._#-]{,190}', image): return f'{image}.jpg'
-    return f"{re.sub('[^A-Za-z0-9_#-]', '_', image)[:150]}~{hashlib.blake2b(image.encode(errors='surrogatepass'), digest_size=8).hexdigest()}.jpg"
+    if re.fullmatch(r'[A-Za-z0-9_#-][A-Za-z0-9._#-]{,190}', image): return f'{image}{suffix}'
+    safe = re.sub('[^A-Za-z0-9_#-]', '_', image)[:150]
+    return f"{safe}~{hashlib.blake2b(image.encode(errors='surrogatepass'), digest_size=8).hexdigest()}{suffix}"
 
-def _same_pictures(dest, made_of):
-    "Make `dest` a folder of pictures that were made of `made_of`, and of no others"
-    note = dest/'made_of.json'
-    if not note.exists() and any(p.suffix != '.part' for p in dest.glob('*')): raise CliError(f'{dest} has files of its own: choose another folder, or empty it')
-    sweep(dest)
-    if note.exists() and note.read_bytes() == made_of.encode(): return
-    for path in dest.glob('*.jpg'): path.unlink()
-    with write_whole(note) as part: part.write_text(made_of)
+# %% ../nbs/13_clean.ipynb #d071fb42
+def _hash(array): return hashlib.blake2b(np.ascontiguousarray(array).tobytes(), digest_size=12).hexdigest()
 
-def export_jpegs(
+def _folder_name(windows, bins, size, quality=None):
+    "What the images show, in words"
+    view = windows if bins is None else ('hist', _hash(bins)[:8])
+    return '-'.join([*view, str(size), *([f'q{quality}'] if quality else [])])
+
+def _holds(folder, made_of):
+    "Are the folder's images `made_of` this?"
+    note = folder/'made_of.json'
+    return note.exists() and note.read_bytes() == made_of.encode()
+
+def _missing(folder, made_of, files):
+    "Numbers of the files that are still to be made"
+    there = {p.name for p in folder.iterdir()} if _holds(folder, made_of) else set()
+    return [i for i, file in enumerate(files) if file not in there]
+
+def _clear(folder, made_of, suffix):
+    "Make a folder ready for images that are `made_of` this: others that were exported to it go"
+    strangers = any(not p.name.startswith('.') for p in folder.iterdir())  # Hidden ones are ours
+    if strangers and not (folder/'made_of.json').exists():
+        raise CliError(f'{folder} has files of its own: move them away, or export to another folder')
+    sweep(folder)
+    if _holds(folder, made_of): return
+    for path in folder.glob(f'*{suffix}'): path.unlink()
+    with write_whole(folder/'made_of.json') as part: part.write_text(made_of)
+
+# %% ../nbs/13_clean.ipynb #57b7604e
+def _image_table(windows, bins):
+    "From HU to gray [4096], or to three colors [4096, 3]"
+    if bins is not None: return hist_lut(bins)
+    if len(windows) != 3: raise CliError(f'{len(windows)} windows: give three, for red, green and blue')
+    return np.stack([window_lut(WINDOWS[pick(name, WINDOWS, 'window')]) for name in windows], -1)
+
+def _save_options(format, quality):
+    "For Pillow: no channel takes on errors of another, and PNG has none"
+    if pick(format, _suffixes, 'format') == 'png': return dict(format='PNG')
+    return dict(format='JPEG', quality=quality, subsampling=0, keep_rgb=True)
+
+# %% ../nbs/13_clean.ipynb #ff732227
+def _exported_size(store, size):
+    largest = max(store.sizes)
+    if size is not None and size < 16: raise CliError(f'size {size}: choose 16 pixels or more')
+    return largest if size is None else min(size, largest)
+
+def _slice_at(store, position, size):
+    "A slice in whole HU at any size up to the store's largest"
+    source = source_size(store.sizes, size)
+    image = store.read([position], source)[0]
+    return image if source == size else resized(image, [size])[size]
+
+# %% ../nbs/13_clean.ipynb #d5dfdd5b
+def _fill(folder, made_of, files, save, suffix):
+    "Make what is missing of the files; nothing is locked or written where nothing is missing"
+    if not _missing(folder, made_of, files): return
+    with disk_errors(folder), only_one(folder, 'wait until it ends'):
+        _clear(folder, made_of, suffix)
+        for i in progress(_missing(folder, made_of, files), label='writing images', unit='slice'):
+            with write_whole(folder/files[i]) as part: save(i, part)
+
+def export_images(
     store:Store,
-    dest, # Folder to write to
+    dest, # Where the folder of these images is, or is to be: `run.path/'jpeg'`, say
     windows=('brain', 'subdural', 'brain_bone'), # For red, green and blue
     bins:np.ndarray=None, # From `freqhist_bins`: one gray channel scaled by them, in place of the windows
-    quality:int=90,
-    size:int=None, # Pixels, made of the pictures of that size or the next larger ones; the largest where None
-)->int: # Pictures there
-    "Every slice as a JPEG named after its image"
-    dest, size = Path(dest), source_size(store.sizes, size or max(store.sizes))
-    lut = np.stack([window_lut(WINDOWS[w]) for w in windows], -1) if bins is None else hist_lut(bins)
-    made_of = json.dumps([store.index.attrs.get('key'), hashlib.blake2b(lut.tobytes()).hexdigest(), quality, size])
-    with disk_errors(dest): _same_pictures(dest, made_of)
-    for i, image in enumerate(progress(store.index.index, label='writing pictures', unit='slice')):
-        path = dest/_file_name(image)
-        if path.exists(): continue
-        picture = Image.fromarray(gray_levels(store.read([i], size)[0], lut))
-        with write_whole(path) as part: picture.save(part, 'JPEG', quality=quality)
-    return len(store)
+    quality:int=90, # Of JPEG
+    size:int=None, # Pixels; the store's largest where None, or where it has none so large
+    format:str='jpeg', # Or 'png', which loses nothing
+)->Path: # The folder, named after windows, size and quality
+    "Every slice as a file named after its image, in a folder named after what it shows"
+    table = _image_table(windows, bins)
+    options = _save_options(format, quality)
+    size = _exported_size(store, size)
+    folder = Path(dest)/_folder_name(windows, bins, size, options.get('quality'))
+    facts = dict(slices=store.index.attrs.get('key'), source=source_size(store.sizes, size), table=_hash(table))
+    files = [_file_name(image, _suffixes[format]) for image in store.index.index]
+    def save(i, path): Image.fromarray(gray_levels(_slice_at(store, i, size), table)).save(path, **options)
+    _fill(folder, json.dumps(facts | options, indent=1), files, save, _suffixes[format])
+    return folder
+
+# %% ../nbs/13_clean.ipynb #d666569c
+def _colors(path):
+    "uint8 [3, rows, columns]"
+    with Image.open(path) as image: return np.moveaxis(np.asarray(image.convert('RGB')), -1, 0)
 
 class JpegStore:
-    "The folder of `export_jpegs`, read like a `Store`: in place of HU the gray levels of its three colors"
+    "A folder of JPEG files from `export_images`, read like a `Store`: gray levels of three colors in place of HU"
     def __init__(self,
-        store:Store, # What the pictures were made of
-        path, # The folder
+        store:Store, # What the images were made of
+        path, # The folder that `export_images` gave
     ): self.path, self.index, self.sizes = Path(path), store.index, store.sizes
 
-    def _picture(self, image, size):
-        path = self.path/_file_name(image)
-        try: return np.moveaxis(np.asarray(Image.open(path).convert('RGB').resize((size, size), Image.Resampling.BOX)), -1, 0)
-        except OSError as e: raise CliError(f'{path} is damaged or missing: delete it, and it will be made again') from e
+    def _image(self, name, size):
+        path = self.path/_file_name(name)
+        try:
+            colors = _colors(path)
+            if colors.shape[1:] == (size, size): return colors
+            return np.rint([resize(color, size) for color in colors])
+        except (OSError, ValueError) as e:
+            raise CliError(f'{path} is damaged or missing: delete it, and it will be made again') from e
 
     def read(self,
         positions, # Numbers of slices, in the order of `index`
-        size:int, # One of `sizes`
+        size:int, # Pixels
     )->np.ndarray: # int16 0..255 [n, 3, size, size]
-        "The pictures at `positions`, in their order"
-        return np.stack([self._picture(image, size) for image in self.index.index[positions]]).astype(np.int16)
+        "The images at `positions`, in their order"
+        return np.stack([self._image(name, size) for name in self.index.index[positions]]).astype(np.int16)

@@ -284,6 +284,7 @@ def clean(
     size:int=256, # Pixels; halves down to 64 come along, and sizes that are there stay
     min_brain:float=None, # Share of pixels in the brain window below which a slice does not train; 0.02 in a new store, else the store's
     jpeg:bool=False, # Also write the slices as JPEG, three windows as colors, to look at?
+    png:bool=False, # Also write them as PNG, which loses nothing but takes over ten times as long?
     n_workers:int=2, # Processes; 0 works in this one
     scheduler:str=None, # Address of a Dask scheduler, such as tcp://10.0.0.1:8786: clean on its workers instead
     max_mb:int=1024, # The most that a file may hold, unpack to or declare, in MiB
@@ -291,7 +292,7 @@ def clean(
     quiet:bool=False, # No progress bars, no summary
 ):
     "Crop every slice to the head and resize it into the image store"
-    from ich_fastai.clean import CLEAN_COLUMNS, MIN_BRAIN, Store, clean_images, export_jpegs, store_index
+    from ich_fastai.clean import CLEAN_COLUMNS, MIN_BRAIN, Store, clean_images, export_images, store_index
     from ich_fastai.core import Run
     if scheduler: run = os.path.abspath(run)
     with Run(run).locked() as folder, _executor(scheduler, run) as executor:
@@ -300,7 +301,9 @@ def clean(
         if folder.has('index'): _refuse_to_void(folder, force, index=_with_sizes(store_index(frame, size, min_brain), folder))
         index = clean_images(frame, folder.images, size, n_workers, executor, min_brain, max_mb)
         say(f'{Store(folder.images)}; {int(index.kept.sum()):,} kept, {int((~index.kept).sum()):,} with less brain than {min_brain:g}')
-        if jpeg: say(f'{export_jpegs(Store(folder.images), folder.path/"jpeg"):,} JPEG files in {folder.path/"jpeg"}')
+        for format in ['jpeg']*jpeg + ['png']*png:
+            exported = export_images(Store(folder.images), folder.path/format, format=format)
+            say(f'{len(index):,} {format.upper()} files in {exported}')
         if folder.has('split'): say(f'next: `ich-train {run} RECIPE` or `ich-compare {run} RECIPE RECIPE`')
 
 def _with_sizes(index, run):

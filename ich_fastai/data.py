@@ -37,7 +37,7 @@ from .phantom import PREVALENCE, write_phantoms
 from .metadata import read_metadata
 from .series import series_codes
 from .labels import check_patients, read_labels, split_patients, subset
-from .clean import JpegStore, Store, clean_images, export_jpegs, source_size
+from .clean import JpegStore, Store, clean_images, export_images, source_size
 
 # %% ../nbs/20_data.ipynb #7cfdd26b
 def phantom_run(
@@ -245,17 +245,16 @@ def read_at(
     return smaller.round_().short().view(*larger.shape[:-2], size, size).numpy()
 
 # %% ../nbs/20_data.ipynb #20558149
-JPEG_SIZE = 256  # Pixels of the JPEG files, as the reports had them
+JPEG_SIZE = 256  # Pixels of the JPEG files, as the reports had them; fewer where the store has none so large
 
 def open_pictures(
     run:Run,
     recipe:Recipe,
     store:Store,
-): # The store, or one of JPEG files, made where they are missing
+): # The store, or one of JPEG files of the recipe's windows, made where they are missing
     "What the recipe reads its slices from"
     if recipe.view != 'jpeg': return store
-    export_jpegs(store, run.path/'jpeg', recipe.windows, size=JPEG_SIZE)
-    return JpegStore(store, run.path/'jpeg')
+    return JpegStore(store, export_images(store, run.path/'jpeg', recipe.windows, size=JPEG_SIZE))
 
 # %% ../nbs/20_data.ipynb #89980e64
 def sizes_read(
