@@ -20,8 +20,9 @@ import pyarrow.parquet as pq
 from fastcore.basics import chunked
 from fastcore.script import CliError
 from . import __version__
+from ._files import MAX_MB, Refused, archive_of, open_zip
 from .core import disk_errors, in_order, keep_memory_in_dask, log, printable, progress, write_whole
-from .dicom import MAX_MB, Refused, _archive_of, hu, open_zip, slice_rows
+from .dicom import hu, slice_rows
 from .gray import GrayFile, bone_level, gray_rows, read_gray
 from .series import (_orientation, _position, _vector_names, BONE, SERIES_COLUMNS, TALL, Sight, choose, find_stacks, head_order,
     look, look_at, no_head, series_facts, series_frame, slice_z, slices_in_use, where_to_look)
@@ -151,7 +152,7 @@ def _in_lots(read, files, n_workers, executor):
 
 def _stamp(fname):
     "What tells a file, or the archive around it, from a later one of the same name"
-    try: status = os.stat((_archive_of(fname) or [fname])[0])
+    try: status = os.stat((archive_of(fname) or [fname])[0])
     except OSError: return [_shown(fname)]
     return [_shown(fname), status.st_size, status.st_mtime_ns]
 
