@@ -128,8 +128,13 @@ def header(
 # %% ../nbs/10_dicom.ipynb #a062428e
 MIN_SIDE, MAX_FRAMES = 16, 10_000  # Pixels, frames: less or more is not a head
 
-def n_frames(ds)->int:
-    n = int(_first(ds, 'NumberOfFrames') or 1)
+def _fact(ds, known, key):
+    "What is known of an element already, else its first value, or None"
+    value = known.get(key)
+    return _first(ds, key) if value is None else value
+
+def n_frames(ds, known={})->int:
+    n = int(_fact(ds, known, 'NumberOfFrames') or 1)
     if not 1 <= n <= MAX_FRAMES: raise Refused('NoPixels', f'{n:,} frames: from 1 to {MAX_FRAMES:,} can be read')
     return n
 
@@ -149,13 +154,15 @@ def _named(syntax):
     if not re.fullmatch(r'[0-9.]{5,64}', syntax): return 'an unknown transfer syntax'
     return f'the private transfer syntax {syntax}' if syntax.is_private else f'the transfer syntax {syntax} ({syntax.name})' if syntax.name != syntax else f'the unknown transfer syntax {syntax}'
 
-def _check_pixels(ds, max_bytes):
+_layout = 'Rows', 'Columns', 'BitsAllocated', 'PixelRepresentation'
+
+def _check_pixels(ds, max_bytes, known):
     "(rows, columns, bits allocated, signed, frames) of pixels that can be CT"
-    facts = [_first(ds, key) for key in ('Rows', 'Columns', 'BitsAllocated', 'PixelRepresentation')]
-    for key, fact in zip(('Rows', 'Columns', 'BitsAllocated', 'PixelRepresentation'), facts):
+    facts = [_fact(ds, known, key) for key in _layout]
+    for key, fact in zip(_layout, facts):
         if not isinstance(fact, int): raise Refused('NoPixels', f'no {key} in the header')
-    (rows, columns, bits, signed), frames = facts, n_frames(ds)
-    if (_first(ds, 'SamplesPerPixel') or 1) != 1: raise Refused('Color', 'several samples a pixel: a color image, not CT')
+    (rows, columns, bits, signed), frames = facts, n_frames(ds, known)
+    if (_fact(ds, known, 'SamplesPerPixel') or 1) != 1: raise Refused('Color', 'several samples a pixel: a color image, not CT')
     if bits not in (8, 16): raise Refused('NoPixels', f'{bits} bits a pixel: CT has 16, or 8')
     if min(rows, columns) < MIN_SIDE: raise Refused('NoPixels', f'{rows} x {columns} pixels: too small for a slice')
     if rows*columns*2*frames > max_bytes:
@@ -170,27 +177,27 @@ def stored_pixels(
     "The values as they are stored, before any rescaling"
     return _without_unused_bits(_all_bits(ds, frame, max_mb), _first(ds, 'BitsStored'))
 
-def _all_bits(ds, frame, max_mb):
+def _all_bits(ds, frame, max_mb, known={}):
     "The stored values, and what may lie beyond BitsStored"
-    rows, columns, bits, signed, frames = _check_pixels(ds, max_mb << 20)
+    rows, columns, bits, signed, frames = _check_pixels(ds, max_mb << 20, known)
     if not 1 <= frame <= frames: raise Refused('NoPixels', f'has no frame {frame}, it has {frames}')
     syntax = _syntax(ds)
     if syntax.is_encapsulated:
         values = _decoded(ds, frame, max_mb)
         values = values.astype(f'<{values.dtype.kind}2', copy=False)
-        return _at_lower_end(ds, values) if syntax == RLELossless else values
+        return _at_lower_end(ds, values, known) if syntax == RLELossless else values
     size, data = rows*columns*bits//8, _pixel_value(ds)
     if len(data) < size*frames and bytes(data[:4]) in _compressed: raise Refused('Undecodable', 'the pixels are compressed, but the transfer syntax is of uncompressed ones: export it again')
     _check_length(len(data), size, frames)
     kind = f'{"<" if syntax.is_little_endian else ">"}{"i" if signed else "u"}{bits//8}'
     values = np.frombuffer(data[(frame-1)*size:frame*size], kind).reshape(rows, columns)
-    return _at_lower_end(ds, values.astype(f'<{values.dtype.kind}2', copy=False))
+    return _at_lower_end(ds, values.astype(f'<{values.dtype.kind}2', copy=False), known)
 
 _compressed = b'\xfe\xff\x00\xe0', b'\xff\x4f\xff\x51', b'\xff\xd8\xff\xe0', b'\xff\xd8\xff\xf7', b'\xff\xd8\xff\xc1', b'\xff\xd8\xff\xc3', b'\0\0\0\x0c'  # An item; JPEG 2000, JPEG, JPEG-LS, JP2
 
-def _at_lower_end(ds, values):
+def _at_lower_end(ds, values, known):
     "Values that HighBit puts at the upper end of their bits, moved to the lower one"
-    stored, high = _first(ds, 'BitsStored'), _first(ds, 'HighBit')
+    stored, high = _fact(ds, known, 'BitsStored'), _fact(ds, known, 'HighBit')
     if not (isinstance(stored, int) and isinstance(high, int) and 0 < stored <= high < 16): return values
     lowest, highest = _limits(stored, values.dtype)
     if lowest <= values.min() and values.max() <= highest and (values & (1 << high + 1 - stored) - 1).any(): return values  # HighBit is wrong: they are there already
@@ -335,10 +342,6 @@ def rescale(
     slope, intercept = 1. if slope is None else float(slope), 0. if intercept is None else float(intercept)
     if not 0 < abs(slope) < 1e4 or not abs(intercept) < 1e6: raise Refused('NoHU', f'RescaleSlope {slope:g} and RescaleIntercept {intercept:g} give no HU')
     return slope, intercept
-
-def _fact(ds, groups, key):
-    value = groups.get(key)
-    return _first(ds, key) if value is None else value
 
 def _unit(ds, groups):
     "What the scaled values are: 'HU', 'US' where it is unspecified, ...; '' where nothing is said"
@@ -569,7 +572,7 @@ def _slices(fname, keep_phi, max_mb, make=None):
         base, unreadable = _header(ds, keep_phi)
         _check_ct(ds, base)
         base['PatientID'] = (base.get('PatientID') or '').strip() or None  # ' 007' and '007' are one patient
-        n = n_frames(ds)
+        n = n_frames(ds, base)
         if n*sum(len(v) for v in base.values() if isinstance(v, str)) > max_mb << 16: raise Refused('TooLarge', 'a header too long to be repeated for each frame')
         shared = shared_groups(ds)
         frames = [_frame_row(ds, base, i+1, n, shared, max_mb, make) for i in range(n)]
@@ -578,8 +581,9 @@ def _slices(fname, keep_phi, max_mb, make=None):
 
 def _frame_row(ds, base, frame, n, shared, max_mb, make=None):
     "(what a frame has of its own, what is odd about it, what `make` gives of its HU)"
-    groups, raw = functional_groups(ds, frame, shared), _all_bits(ds, frame, max_mb)
+    groups = functional_groups(ds, frame, shared)
     known = {**base, **groups}
+    raw = _all_bits(ds, frame, max_mb, base)
     stored = known.get('BitsStored')
     h, (lowest, highest) = histogram(raw), _limits(stored, raw.dtype)
     if h.values[0] < lowest or h.values[-1] > highest:

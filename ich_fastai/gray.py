@@ -7,7 +7,7 @@ __all__ = ['parse_window', 'gray_image', 'gray_hu', 'read_patients', 'pattern_of
            'windows_of', 'read_gray', 'gray_rows', 'slice_hu']
 
 # %% ../nbs/10c_gray.ipynb #7a7cd0ae
-import os, re, warnings
+import io, os, re, warnings
 from pathlib import Path, PurePath
 from typing import NamedTuple
 
@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 from fastcore.script import CliError
+from ._files import archive_of, open_zip, refusals
 from .core import WINDOWS, Window, printable, short_names, without_suffix
 from .dicom import MAX_MB, MIN_SIDE, Refused, histogram, pixel_stats, upright_hu
 from .series import BONE
@@ -36,9 +37,18 @@ def _levels_to_hu(window):
     return np.rint(np.linspace(*_ends(window), 256)).astype(np.int16)
 
 # %% ../nbs/10c_gray.ipynb #6302439a
+def _image_file(path, max_bytes):
+    "What Pillow opens: a path, or the bytes of a member of an archive"
+    inside = archive_of(path)
+    if inside is None: return path
+    with open_zip(inside[0]) as archive:
+        member = archive.getinfo(inside[1])
+        if member.file_size > max_bytes: raise Refused('TooLarge', 'a large file: raise `--max-mb` if that is right')
+        return io.BytesIO(archive.read(member))
+
 def _open_image(path, max_bytes):
     "A PNG or JPEG image, not read yet"
-    try: image = Image.open(path, formats=('PNG', 'JPEG'))
+    try: image = Image.open(_image_file(str(path), max_bytes), formats=('PNG', 'JPEG'))
     except Image.DecompressionBombError as e: raise Refused('TooLarge', 'too many pixels for a slice') from e
     except Image.UnidentifiedImageError as e: raise Refused('NotImage', 'not a PNG or JPEG image') from e
     columns, rows = image.size
@@ -58,7 +68,7 @@ def gray_image(
     max_mb:int=MAX_MB, # The most that it may unpack to, in MiB
 )->np.ndarray: # uint8 [rows, columns]
     "The gray levels of an image; a `Refused` says why there are none"
-    with warnings.catch_warnings():
+    with refusals(), warnings.catch_warnings():
         warnings.simplefilter('ignore')  # Pillow's, of large images, which `max_mb` sees to
         try:
             with _open_image(path, max_mb << 20) as image:
@@ -140,6 +150,11 @@ def _number(text):
     try: return float(text)
     except (TypeError, ValueError): return np.nan
 
+def _name_within(path, root):
+    "The name of a file from `root` on, or from its archive on"
+    inside = archive_of(path)
+    return without_suffix(inside[1] if inside else os.path.relpath(path, root))
+
 def list_gray(
     files, # Paths, from `find_files`
     root, # The folder that names begin in
@@ -150,7 +165,7 @@ def list_gray(
     alone:bool=False, # Take each image for a study of a patient of its own?
 )->list: # A `GrayFile` each
     "What is known about each file before it is read"
-    names = [without_suffix(os.path.relpath(f, root)) for f in files]
+    names = [_name_within(f, root) for f in files]
     images = short_names(names)
     others = _by_name(second)
     def one(fname, name, image):
