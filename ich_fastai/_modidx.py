@@ -822,7 +822,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'ich_fastai.series.head_order': ('series.html#head_order', 'ich_fastai/series.py'),
                                    'ich_fastai.series.in_use': ('series.html#in_use', 'ich_fastai/series.py'),
                                    'ich_fastai.series.is_axial': ('series.html#is_axial', 'ich_fastai/series.py'),
-                                   'ich_fastai.series.is_body': ('series.html#is_body', 'ich_fastai/series.py'),
                                    'ich_fastai.series.look': ('series.html#look', 'ich_fastai/series.py'),
                                    'ich_fastai.series.look_at': ('series.html#look_at', 'ich_fastai/series.py'),
                                    'ich_fastai.series.no_head': ('series.html#no_head', 'ich_fastai/series.py'),

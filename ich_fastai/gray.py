@@ -37,6 +37,8 @@ def _levels_to_hu(window):
     return np.rint(np.linspace(*_ends(window), 256)).astype(np.int16)
 
 # %% ../nbs/10c_gray.ipynb #6302439a
+_modes = '1', 'L', 'LA', 'P', 'PA', 'RGB', 'RGBA'  # Pillow's, of 8 bits a channel
+
 def _image_file(path, max_bytes):
     "What Pillow opens: a path, or the bytes of a member of an archive"
     inside = archive_of(path)
@@ -54,7 +56,7 @@ def _open_image(path, max_bytes):
     columns, rows = image.size
     if rows*columns*4 > max_bytes: raise Refused('TooLarge', f'{rows} x {columns} pixels: raise `--max-mb` if that is right')
     if min(rows, columns) < MIN_SIDE: raise Refused('NoPixels', f'{rows} x {columns} pixels: too small for a slice')
-    if image.mode not in ('1', 'L', 'LA', 'P', 'PA', 'RGB', 'RGBA'): raise Refused('NotGray', f'pixels of the kind {image.mode}: give 8-bit gray')
+    if image.mode not in _modes: raise Refused('NotGray', f'pixels of the kind {image.mode}: give 8-bit gray')
     return image
 
 def _gray_of(colors):
@@ -88,7 +90,8 @@ def gray_hu(
     "Hounsfield units of gray levels, where the first window has lost them those of a second one"
     hu = _levels_to_hu(window)[gray]
     if second is None: return hu
-    if second.shape != gray.shape: raise Refused('NotGray', f'{gray.shape} pixels, but {second.shape} in the second window: they must be the same slice')
+    if second.shape != gray.shape:
+        raise Refused('NotGray', f'{gray.shape} pixels, but {second.shape} in the second window: they must be the same slice')
     other, (low, high) = _levels_to_hu(second_window)[second], _ends(window)
     hu = np.where(gray == 255, np.maximum(other, high), hu)
     return np.where(gray == 0, np.minimum(other, low), hu).astype(np.int16)
@@ -107,7 +110,8 @@ def read_patients(
     except (OSError, ValueError) as e: raise CliError(f'{csv} is no table of patients: {printable(e)}') from None
     columns = {what: next((c for c in table if _plain(c) in names), None) for what, names in _heads.items()}
     missing = [what for what in ('file', 'patient') if columns[what] is None]
-    if missing: raise CliError(f"{csv} has the columns {printable(', '.join(map(str, table)))}: give one named {' and one named '.join(missing)}")
+    there = printable(', '.join(map(str, table)))
+    if missing: raise CliError(f"{csv} has the columns {there}: give one named {' and one named '.join(missing)}")
     facts = {what: table[c].fillna('').str.strip() for what, c in columns.items() if c is not None}
     names = facts.pop('file').map(without_suffix)
     return {name: dict(zip(facts, of_file)) for name, *of_file in zip(names, *facts.values())}
@@ -119,7 +123,8 @@ def pattern_of(
     fields = re.findall(r'{(\w*)}', text)
     unknown = [f for f in fields if f not in ('patient', 'study', 'slice')]
     if unknown or 'patient' not in fields or len(set(fields)) < len(fields):
-        raise CliError(f"'{printable(text, 60)}' is no file and no pattern: give a CSV with the columns file, patient, slice, or a pattern such as {{patient}}_{{slice}}")
+        raise CliError(f"'{printable(text, 60)}' is no file and no pattern: give a CSV with the columns file, patient, slice, "
+                       'or a pattern such as {patient}_{slice}')
     kinds = dict(patient='[^/]+?', study='[^/]+?', slice='[0-9]+')
     parts = re.split(r'{(\w+)}', text)
     return re.compile('(?:.*/)?' + ''.join(f'(?P<{p}>{kinds[p]})' if i % 2 else re.escape(p) for i, p in enumerate(parts)))
@@ -171,8 +176,9 @@ def list_gray(
     def one(fname, name, image):
         known, why = (dict(patient=image), '') if alone else _who(name, patients)
         other = others.get(name) or others.get(PurePath(name).name, '')
-        patient, study = known.get('patient') or None, known.get('study') or ''
-        return GrayFile(fname, image, patient, f"{patient or ''}/{study}".strip('/') or 'study', _number(known.get('slice')), window, other, second_window, why)
+        patient, study, number = known.get('patient') or None, known.get('study') or '', _number(known.get('slice'))
+        study = f"{patient or ''}/{study}".strip('/') or 'study'
+        return GrayFile(fname, image, patient, study, number, window, other, second_window, why)
     return [one(*facts) for facts in zip(files, names, images)]
 
 def _by_name(folder):
@@ -231,10 +237,12 @@ def gray_rows(
     stats = pixel_stats(histogram(pixels.astype(np.uint16)), (high - low)/255, low)
     hu, level = _levels_to_hu(g.window), np.arange(256)
     brain = (level > 0) & (level < 255) & (hu > 0) & (hu < 80)
-    notes = [_lost(g), g.patient is None and 'no PatientID', g.second_window is not None and not g.second and 'no image in the second window']
-    about = dict(Modality='CT', Rows=pixels.shape[0], Columns=pixels.shape[1], BitsStored=8, PixelRepresentation=0)
-    return [dict(image=g.image, StudyInstanceUID=g.study, SeriesInstanceUID=g.study, PatientID=g.patient, InstanceNumber=g.number, **about, frame=1, **stats | dict(img_pct_window=float(brain[pixels].mean())),
-                 hu_intercept=low, hu_repair='', gray=_how(g), fname=g.fname, notes='; '.join(filter(None, notes)))]
+    alone = g.second_window is not None and not g.second
+    notes = [_lost(g), g.patient is None and 'no PatientID', alone and 'no image in the second window']
+    who = dict(image=g.image, StudyInstanceUID=g.study, SeriesInstanceUID=g.study, PatientID=g.patient, InstanceNumber=g.number)
+    about = dict(Modality='CT', Rows=pixels.shape[0], Columns=pixels.shape[1], BitsStored=8, PixelRepresentation=0, frame=1)
+    values = stats | dict(img_pct_window=float(brain[pixels].mean()), hu_intercept=low, hu_repair='')
+    return [who | about | values | dict(gray=_how(g), fname=g.fname, notes='; '.join(filter(None, notes)))]
 
 def slice_hu(
     fname, # Path of a file, or `archive.zip!member`

@@ -97,22 +97,25 @@ def bundle_probabilities(
     told = _read_series(bundle, store, bs) if kind == 'sequence' else predict(bundle.model, bundle.recipe, _cnn_loader(bundle, store, bs))
     return pd.DataFrame(told, index=store.index.index, columns=list(bundle.labels)).reindex(columns=list(LABELS))
 
+_what = 'give a folder of DICOM files, a list of them, or a zip archive'
+
 def predict_study(
     bundle, # From `load_bundle`, or its folder
     src, # A folder of DICOM files, an iterable of paths, or a zip archive; of one study or several
     bs:int=36, # Slices at a time
     n_workers:int=2, # Processes that read, for more than 200 files; 0 works in this one
-)->tuple: # (slices by image, studies by StudyInstanceUID), each with the six probabilities, NaN where the model does not predict a label or a slice is not in use
+)->tuple: # (slices by image, studies by StudyInstanceUID), each with the six probabilities; NaN for labels that the model does not predict, and slices that are not in use
     "What a model predicts for each slice, and per study the maximum over slices in use with enough brain, as it learned from no others"
     if not isinstance(bundle, Bundle): bundle = load_bundle(bundle)
     src = src if isinstance(src, (str, Path)) else list(src)
-    if not src: raise CliError('no files to predict on: give a folder of DICOM files, a list of them, or a zip archive')
+    if not src: raise CliError(f'no files to predict on: {_what}')
     metadata, errors, store = read_study(src, bundle.extra.get('store_size', bundle.size), n_workers)
     if len(errors): log.warning('%d files gave no slice: %s', len(errors), _counts(errors['error']))
-    if not len(metadata): raise CliError(f'no CT slices in {printable(src)}: give a folder of DICOM files, a list of them, or a zip archive')
+    if not len(metadata): raise CliError(f'no CT slices in {printable(src)}: {_what}')
     unused = metadata['not_used'][~metadata['use']]
     if len(unused): log.warning('%d of %d slices are not in use: %s', len(unused), len(metadata), _counts(unused))
-    slices = metadata[['StudyInstanceUID', 'PatientID', 'use', 'not_used']].assign(kept=metadata['use'] & (metadata['img_pct_window'] >= MIN_BRAIN))
+    enough = metadata['img_pct_window'] >= MIN_BRAIN
+    slices = metadata[['StudyInstanceUID', 'PatientID', 'use', 'not_used']].assign(kept=metadata['use'] & enough)
     slices = slices.join(bundle_probabilities(bundle, store, bs) if len(unused) < len(metadata) else pd.DataFrame(np.nan, [], list(LABELS)))
     by = slices.groupby('StudyInstanceUID', sort=False)
     highest = slices[slices['kept']].groupby('StudyInstanceUID')[list(LABELS)].max()
