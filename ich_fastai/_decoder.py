@@ -138,10 +138,12 @@ _code = '; '.join([
     'serve(sys.stdin.buffer, sys.stdout.buffer, int(sys.argv[1]))'])
 
 def _start_decoder(max_mb):
-    path = os.pathsep.join(p for p in sys.path if p)
+    ours = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    path = os.pathsep.join([ours, *(p for p in sys.path if p)])
     environment = {**os.environ, 'OPENBLAS_NUM_THREADS': '1', 'PYTHONPATH': path}
     atexit.register(stop_decoder)
-    return subprocess.Popen([sys.executable, '-c', _code, str(int(max_mb))], env=environment,
+    command = [sys.executable, '-P', '-c', _code, str(int(max_mb))]  # -P: nothing from the current folder is imported
+    return subprocess.Popen(command, env=environment,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
 
 def decoder_process(

@@ -80,19 +80,31 @@ def _plain(v, number):
     if isinstance(v, (int, float)): return float(v)
     if str(v).strip(): raise ValueError('text where a number belongs')
 
+def _converted(kind, value, little, vr):
+    "The values in an element's bytes as Python's own, or None where pydicom must see to it"
+    try: values = _from_bytes(kind, value, little)
+    except ValueError: return None
+    if values is None: return None
+    if kind in _texts and vr in _texts and len(value) < MAX_TEXT: return values[:MAX_VALUES]  # Plain text already
+    return [_plain(v, vr in _is_number) for v in values[:MAX_VALUES]]
+
+_converted_before = lru_cache(maxsize=8192)(_converted)  # Most elements of a series are the same in each slice
+
 def _values(ds, tag, raw, vr):
     "The values of an element as a list of Python's own; empty for binary ones"
     values = None
     if isinstance(raw, RawDataElement):
         kind = vr if raw.VR in (None, 'UN') else raw.VR
-        try: values = _from_bytes(kind, raw.value, raw.is_little_endian)
-        except ValueError: pass
-        if values and kind in _texts and vr in _texts and len(raw.value) < MAX_TEXT: return values[:MAX_VALUES]  # Plain text already
-    if values is None: values = _by_pydicom(ds, tag, raw)
+        if kind == 'US or SS' and tag in _of_pixels: kind = 'SS' if _first(ds, 'PixelRepresentation') == 1 else 'US'
+        convert = _converted_before if type(raw.value) is bytes and len(raw.value) <= 64 else _converted
+        values = convert(kind, raw.value, raw.is_little_endian, vr)
+    if values is not None: return values
+    values = _by_pydicom(ds, tag, raw)
     if values and isinstance(values[0], (bytes, memoryview)): return []
     return [_plain(v, vr in _is_number) for v in values[:MAX_VALUES]]
 
 _tag = lru_cache(64)(Tag)
+_of_pixels = frozenset(map(Tag, ('SmallestImagePixelValue', 'LargestImagePixelValue', 'PixelPaddingValue', 'PixelPaddingRangeLimit')))  # Signed as these are
 
 def _first(ds, keyword):
     "The first value of an element, or None"
@@ -139,15 +151,18 @@ def n_frames(ds, known={})->int:
     return n
 
 def _pixel_value(ds):
-    raw = ds.get_item('PixelData')
+    raw = ds.get_item(_tag('PixelData'))
     if raw is None and ('FloatPixelData' in ds or 'DoubleFloatPixelData' in ds): raise Refused('NoHU', 'pixels in floating point, as parametric maps have them: not CT')
     if raw is None: raise Refused('NoPixels', 'no pixel data')
     return raw.value if raw.value is not None else b''
 
 def _syntax(ds):
     syntax = getattr(ds, 'file_meta', {}).get('TransferSyntaxUID') or ImplicitVRLittleEndian
-    if syntax.is_private or not syntax.is_transfer_syntax: raise Refused('Undecodable', f'{_named(syntax)}: export it again in a standard one')
+    if not _is_standard(syntax): raise Refused('Undecodable', f'{_named(syntax)}: export it again in a standard one')
     return syntax
+
+@lru_cache(64)
+def _is_standard(syntax): return not syntax.is_private and syntax.is_transfer_syntax
 
 def _named(syntax):
     "A transfer syntax, fit to print"
@@ -501,10 +516,11 @@ def _vector(ds, groups, key, n):
 # %% ../nbs/10_dicom.ipynb #f297432d
 _secondary_capture, _media_directory = '1.2.840.10008.5.1.4.1.1.7.', '1.2.840.10008.1.3.10'
 _sheets = 'SCREEN SAVE', 'DOSE_INFO'
+_image_types = [f'ImageType{i or ""}' for i in range(MAX_VALUES)]
 
 def _check_ct(ds, row):
     "Refuse what is no slice of a CT"
-    modality, kinds = row.get('Modality') or '', [v for k, v in row.items() if k.startswith('ImageType')]
+    modality, kinds = row.get('Modality') or '', [row[k] for k in _image_types if k in row]
     if getattr(ds, 'file_meta', {}).get('MediaStorageSOPClassUID') == _media_directory: raise Refused('NotCT', 'a DICOMDIR, a list of other files')
     if modality.upper() != 'CT': raise Refused('NotCT', f'not CT: the modality is {modality}' if re.fullmatch('[A-Za-z]{2,8}', modality) else 'not CT: no modality in the header')
     if 'LOCALIZER' in kinds: raise Refused('Localizer', 'a localizer (scout), not a slice')
@@ -538,12 +554,21 @@ def _frame_notes(ds, frame, known, scale, h, hu):
         enhanced and _fact(ds, known, 'ImagePositionPatient') is None and 'no position',
         *_implausible(h, hu)]
 
+_plausible = np.array([AIR - 150, AIR + 150, -500, 4000, -100, 150])  # HU of air, of tissue and metal, of soft tissue: from, to
+
+def _ascending(h, hu):
+    "HU and how many pixels have them, from the darkest on"
+    if (hu[1:] >= hu[:-1]).all(): return hu, h.counts
+    order = np.argsort(hu, kind='stable')
+    return hu[order], h.counts[order]
+
 def _implausible(h, hu):
     "Signs that the HU are not those of a head in air"
-    near_air, tissue, soft = (hu > AIR - 150) & (hu < AIR + 150), (hu > -500) & (hu < 4000), (hu > -100) & (hu < 150)
-    notes, n = [] if near_air.any() else ['no air near -1000 HU'], h.counts.sum()
-    if h.counts[tissue].sum() < n/5 or h.counts[soft].sum() > n/50: return notes  # Near the crown, most of what is there is bone
-    most = np.bincount(((hu[tissue] + 500)//40).astype(int), h.counts[tissue]).argmax()*40 - 480
+    hu, counts = _ascending(h, hu)
+    near_air, tissue, soft = (slice(*ends) for ends in np.searchsorted(hu, _plausible, side='right').reshape(3, 2))
+    notes, n = [] if len(hu[near_air]) else ['no air near -1000 HU'], counts.sum()
+    if counts[tissue].sum() < n/5 or counts[soft].sum() > n/50: return notes  # Near the crown, most of what is there is bone
+    most = np.bincount(((hu[tissue] + 500)//40).astype(int), counts[tissue]).argmax()*40 - 480
     return [*notes, f'most tissue near {most} HU'] if abs(most) > 500 else notes
 
 def _joined(notes): return '; '.join(dict.fromkeys(filter(None, notes)))
