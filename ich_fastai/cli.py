@@ -139,11 +139,22 @@ def _new_split(run, metadata_file, labels, path, seed, force, **shares):
     from ich_fastai.series import in_use
     frame = in_use(pd.read_parquet(metadata_file, columns=['StudyInstanceUID', 'PatientID', 'use']))
     if len(frame) == 0: raise CliError('no slice is in use, so there is nothing to learn from: run without --labels to see why')
-    facts = dict(labels=str(path), seed=seed, coverage=coverage(frame, labels), label_rows_merged=labels.attrs['merged'])
+    facts = dict(labels=str(path), seed=seed, coverage=coverage(frame, labels), label_rows_merged=labels.attrs.get('merged', 0), no_patients=run.facts.get('no_patients'))
     if frame.PatientID.isna().all(): return labels, None, facts
     split = split_patients(labels, frame, seed=seed, **shares)
     _refuse_to_void(run, force, labels=labels, split=split)
     return labels, split, facts
+
+def _labels_before(run, metadata_file):
+    "Labels, their file and the seed of a split that is there, where other slices are in use now than it was made of"
+    import pandas as pd
+    from ich_fastai.series import in_use
+    if not run.has('split') or not run.has('labels'): return None
+    labels, split = run.read('labels'), run.read('split')
+    now = in_use(pd.read_parquet(metadata_file, columns=['use']))
+    if set(now.index[now.index.isin(labels.index)]) == set(split.index): return None
+    say('other slices are in use than before: the split is made again')
+    return labels, run.facts.get('labels', ''), run.facts.get('seed', 0)
 
 def _keep_split(run, labels, split, facts):
     for name, frame in dict(labels=labels, split=split).items():
@@ -172,6 +183,7 @@ def _gray_source(src, window, second, second_window, patients, no_patients):
     from ich_fastai.gray import list_gray, parse_window, pattern_of, read_patients
     from ich_fastai.metadata import find_files
     if not window and (second or second_window or patients or no_patients): raise CliError('--second, --second-window, --patients and --no-patients are for images of a window: give it with --window')
+    if patients and no_patients: raise CliError('--patients tells whose images these are, --no-patients that nobody knows: give one of them')
     if bool(second) != bool(second_window): raise CliError('a second window wants both --second FOLDER and --second-window WINDOW')
     if not window: return src, {}
     windows = [parse_window(w) for w in (window, second_window) if w]
@@ -191,8 +203,10 @@ def _metadata_summary(run):
     "What was read, in a few lines; of thousands of remarks one line each kind"
     frame, errors = run.read('metadata', columns=['StudyInstanceUID', 'PatientID', 'kept', 'use', 'not_used', 'hu_repair', 'notes', 'fname']), run.read('errors')
     used, unused = frame[frame.use], frame[~frame.use]
+    blank = frame.StudyInstanceUID.nunique() - used.StudyInstanceUID.nunique()
     say(f'{len(frame):,} slices of {frame.StudyInstanceUID.nunique():,} studies, {frame.PatientID.nunique():,} patients; '
         f'{len(used):,} in use, {int(used.kept.sum()):,} of them with enough brain')
+    if blank: say(f'{blank:,} of the studies have no slice in use: nothing will be said of them')
     if len(unused): say(f'{len(unused):,} slices are not in use, see {run.file("series")}; `--series` chooses otherwise:', *_counted(unused.not_used, unused.fname))
     repaired, suspect = (int((frame.hu_repair == state).sum()) for state in ('wrapped', 'suspect'))
     if repaired: say(f'{repaired:,} slices had HU modulo 4096 and were repaired')
@@ -206,6 +220,7 @@ def _metadata_summary(run):
 def _labels_summary(labels, split, facts):
     if split is None: return say('no patient is known, so a split by patient is not possible and none was made: give --patients, or --no-patients to take each image for a patient of its own')
     found = labels.loc[split.index]
+    if facts.get('no_patients'): say('each image counts as a patient of its own: the same head may be on both sides of the split, and figures are too good')
     say(f'labels: {", ".join(f"{k} {int(v):,}" for k, v in found.sum().items())}')
     say(', '.join(f"{v:,} {k.replace('_', ' ')}" for k, v in facts['coverage'].items()))
     say('patients: ' + ', '.join(f'{n:,} {s}' for s, n in split.groupby('split').PatientID.nunique()[['train', 'valid', 'test']].items()))
@@ -265,10 +280,11 @@ def metadata(
     truth = None if labels is None else read_labels(labels)
     with Run(os.path.abspath(run), create=True).locked() as folder, _executor(scheduler, source, os.path.abspath(run)) as executor:
         _same_source(folder, source, deidentify)
-        folder.record(source=source, **gray)  # Before the reading: an interrupted run must know its own source again
+        folder.record(source=source, series=series or [], **gray)  # Before the reading: an interrupted run must know its own source again
         salt = _salt(folder) if deidentify else None
         lots = _read_files(folder, files, n_workers=n_workers, executor=executor, max_mb=max_mb, series=series or (), salt=salt)
         if truth is not None and salt: truth = hide_images(truth, salt)
+        if truth is None: truth, labels, seed = _labels_before(folder, lots/'metadata.parquet') or (None, None, seed)
         split = None if truth is None else _new_split(folder, lots/'metadata.parquet', truth, os.path.abspath(labels), seed, force)
         _keep(folder, lots)
         _metadata_summary(folder)

@@ -33,7 +33,8 @@ _all_ = ['MAX_MB', 'Refused', 'open_zip', 'read_dicom']  # Of `_files`, and offe
 # %% ../nbs/10_dicom.ipynb #902798c3
 _identifies = re.compile('''Address|Telephone|Telecom|PhoneNumber|Birth|StationName|Residence|ResponsibleOrganization|ResponsiblePerson|ClinicalTrial|Comments?$|Insurance
     |Institution|Department|CurrentPatientLocation|Accession|OtherPatient|Operator|Physician|PersonIdent|Admission|OrderEnter|OrderCallback|SerialNumber|EthnicGroup|Occupation
-    |MilitaryRank|Religious|IssuerOf|AdditionalPatientHistory|CustodialOrganization|MedicalRecordLocator|RequestAttributes|RequestingService|PlacerOrder|FillerOrder|Visit''', re.X).search
+    |MilitaryRank|Religious|IssuerOf|AdditionalPatientHistory|CustodialOrganization|MedicalRecordLocator|RequestAttributes|RequestingService|PlacerOrder|FillerOrder|Visit
+    |ProcedureID|ProcedureStepID|Allergies|MedicalAlerts|PatientState|ReasonFor|RetrieveAETitle|DeviceDescription''', re.X).search
 
 # %% ../nbs/10_dicom.ipynb #36d339e2
 MAX_KEYS, MAX_VALUES, MAX_TEXT, MAX_SEQUENCE = 512, 16, 10_240, 16 << 20  # Columns of a row; values and characters of an element; bytes of a sequence that we count the items of

@@ -16,7 +16,7 @@ import pandas as pd
 from PIL import Image
 from fastcore.script import CliError
 from ._files import archive_of, open_zip, refusals
-from .core import WINDOWS, Window, printable, short_names, without_suffix
+from .core import WINDOWS, Window, printable, short_names, table_format, without_suffix
 from .dicom import MAX_MB, MIN_SIDE, Refused, histogram, pixel_stats, upright_hu
 from .series import BONE
 
@@ -48,11 +48,17 @@ def _image_file(path, max_bytes):
         if member.file_size > max_bytes: raise Refused('TooLarge', 'a large file: raise `--max-mb` if that is right')
         return io.BytesIO(archive.read(member))
 
+def _what_else(path):
+    if os.path.isfile(path):
+        with open(path, 'rb') as f:
+            if f.read(132)[128:] == b'DICM': return 'a DICOM file: its HU need no window, leave `--window` out'
+    return 'not a PNG or JPEG image'
+
 def _open_image(path, max_bytes):
     "A PNG or JPEG image, not read yet"
     try: image = Image.open(_image_file(str(path), max_bytes), formats=('PNG', 'JPEG'))
     except Image.DecompressionBombError as e: raise Refused('TooLarge', 'too many pixels for a slice') from e
-    except Image.UnidentifiedImageError as e: raise Refused('NotImage', 'not a PNG or JPEG image') from e
+    except Image.UnidentifiedImageError as e: raise Refused('NotImage', _what_else(path)) from e
     columns, rows = image.size
     if rows*columns*4 > max_bytes: raise Refused('TooLarge', f'{rows} x {columns} pixels: raise `--max-mb` if that is right')
     if min(rows, columns) < MIN_SIDE: raise Refused('NoPixels', f'{rows} x {columns} pixels: too small for a slice')
@@ -61,8 +67,9 @@ def _open_image(path, max_bytes):
 
 def _gray_of(colors):
     "Gray levels of an image [rows, columns, 3] whose channels are alike"
-    off = np.ptp(colors, axis=-1) > 16
-    if off.mean() > .001: raise Refused('Color', 'a color image, not a gray one')
+    off = np.ptp(colors, axis=-1)
+    if (off > 16).mean() > .001 or (off > 100).sum() > 20:  # JPEG is off by less; a thin outline has full colors
+        raise Refused('Color', 'a color image, not a gray one')
     return np.rint(colors.mean(-1)).astype(np.uint8)
 
 def gray_image(
@@ -97,7 +104,7 @@ def gray_hu(
     return np.where(gray == 0, np.minimum(other, low), hu).astype(np.int16)
 
 # %% ../nbs/10c_gray.ipynb #4244240f
-_heads = dict(file=('file', 'filename', 'image', 'path', 'name'), patient=('patient', 'patientid', 'patientnumber'),
+_heads = dict(file=('file', 'filename', 'image', 'imagename', 'path', 'name', 'id', 'sopinstanceuid'), patient=('patient', 'patientid', 'patientnumber'),
               study=('study', 'studyid', 'studyinstanceuid'), slice=('slice', 'sliceno', 'slicenumber', 'instancenumber'))
 
 def _plain(name): return re.sub(r'[\s_-]', '', str(name)).lower()
@@ -106,7 +113,9 @@ def read_patients(
     csv, # Path of a CSV file with the columns file, patient, slice, and possibly study; case and spaces do not matter
 )->dict: # Name without suffix to a dict of patient, study and slice
     "Who each image shows"
-    try: table = pd.read_csv(csv, dtype=str, skipinitialspace=True)
+    try:
+        with open(csv, 'rb') as f: encoding, delimiter = table_format(f.read(4000))
+        table = pd.read_csv(csv, dtype=str, skipinitialspace=True, encoding=encoding, sep=delimiter)
     except (OSError, ValueError) as e: raise CliError(f'{csv} is no table of patients: {printable(e)}') from None
     columns = {what: next((c for c in table if _plain(c) in names), None) for what, names in _heads.items()}
     missing = [what for what in ('file', 'patient') if columns[what] is None]
@@ -114,7 +123,12 @@ def read_patients(
     if missing: raise CliError(f"{csv} has the columns {there}: give one named {' and one named '.join(missing)}")
     facts = {what: table[c].fillna('').str.strip() for what, c in columns.items() if c is not None}
     names = facts.pop('file').map(without_suffix)
-    return {name: dict(zip(facts, of_file)) for name, *of_file in zip(names, *facts.values())}
+    known = {}
+    for name, *of_file in zip(names, *facts.values()):
+        who = dict(zip(facts, of_file))
+        if known.setdefault(name, who) != who: raise CliError(f'{csv} says two things of {printable(name, 60)}: keep one row for each image')
+    short = short_names(list(known))
+    return dict(zip(short, known.values())) | known
 
 def pattern_of(
     text:str, # Such as '{patient}_{slice}': the end of a path, without the suffix; {patient}, {study} and {slice} stand for what is between
@@ -238,7 +252,8 @@ def gray_rows(
     hu, level = _levels_to_hu(g.window), np.arange(256)
     brain = (level > 0) & (level < 255) & (hu > 0) & (hu < 80)
     alone = g.second_window is not None and not g.second
-    notes = [_lost(g), g.patient is None and 'no PatientID', alone and 'no image in the second window']
+    edge = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    notes = [_lost(g), g.patient is None and 'no PatientID', alone and 'no image in the second window', np.median(edge) > 200 and 'white around the head: is it inverted?']
     who = dict(image=g.image, StudyInstanceUID=g.study, SeriesInstanceUID=g.study, PatientID=g.patient, InstanceNumber=g.number)
     about = dict(Modality='CT', Rows=pixels.shape[0], Columns=pixels.shape[1], BitsStored=8, PixelRepresentation=0, frame=1)
     values = stats | dict(img_pct_window=float(brain[pixels].mean()), hu_intercept=low, hu_repair='')

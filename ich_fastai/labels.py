@@ -6,14 +6,14 @@
 __all__ = ['TYPES_FROM', 'read_labels', 'coverage', 'people', 'check_patients', 'split_patients', 'subset']
 
 # %% ../nbs/12_labels.ipynb #307ba335
-import codecs, re, zipfile
+import re, zipfile
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from fastcore.script import CliError
-from .core import LABELS, TYPES, printable, short_names, without_suffix
+from .core import LABELS, TYPES, printable, short_names, table_format, without_suffix
 from .series import in_use
 
 # %% ../nbs/12_labels.ipynb #350c971f
@@ -29,10 +29,10 @@ def _opened(path, **options):
             if len(names) != 1: raise CliError(f'{path} holds {len(names):,} files: unpack it, and give the label file')
             file = stack.enter_context(archive.open(names[0]))
         else: file.seek(0)
-        start = file.read(2)
+        encoding, delimiter = table_format(file.read(4000))
         file.seek(0)
-        encoding = 'utf16' if start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else 'utf8'
-        yield stack.enter_context(csv.open_csv(file, csv.ReadOptions(encoding=encoding), **options))
+        how = csv.ReadOptions(encoding=encoding.removesuffix('-sig')), csv.ParseOptions(delimiter=delimiter)  # Arrow passes over the mark by itself
+        yield stack.enter_context(csv.open_csv(file, *how, **options))
 
 @contextmanager
 def _reading(path):
@@ -172,7 +172,9 @@ def coverage(
 )->dict: # labelled, images_without_labels, labels_without_images
     "How the images and the labels overlap"
     both = int(metadata.index.isin(labels.index).sum())
-    if both == 0: raise CliError('no image has a label: does the label file belong to these files?')
+    if both == 0:
+        named = ' and '.join(f'{what} such as {printable(frame.index[0], 60)}' for what, frame in (('images', metadata), ('labels', labels)) if len(frame))
+        raise CliError(f'no image has a label ({named}): does the label file belong to these files?')
     return dict(labelled=both, images_without_labels=len(metadata) - both, labels_without_images=len(labels) - both)
 
 # %% ../nbs/12_labels.ipynb #5be199dc
@@ -224,7 +226,8 @@ def split_patients(
     metadata = in_use(metadata)
     coverage(metadata, labels)
     if not (valid > 0 and test > 0 and valid + test < 1): raise CliError(f'valid={valid} and test={test}: both must be above 0, and below 1 together')
-    if metadata.PatientID.isna().any(): raise CliError(f'{metadata.PatientID.isna().sum():,} slices have no PatientID: a split by patient needs it')
+    unknown = metadata.index[metadata.PatientID.isna()]
+    if len(unknown): raise CliError(f'{len(unknown):,} slices have no PatientID, such as {printable(unknown[0], 60)}: a split by patient needs it')
     patient = people(metadata)[metadata.index.isin(labels.index)]
     profile = labels.loc[patient.index].groupby(patient).any().sort_index()
     if len(profile) < 3: raise CliError(f'{len(profile)} patients cannot be split three ways: give at least 3')

@@ -449,10 +449,11 @@ def read_metadata(
 def frames_of_rows(
     rows, # Dicts of slices and of errors, in the order of their paths, as `slice_rows` gives them
     see, # A function of (fname, frame, gray, mm from row to row, from column to column) that gives the `Sight` of a slice
+    series=(), # As for `read_metadata`
 )->tuple: # (metadata, errors)
     "What `read_metadata` makes of rows that were read already"
     parts = [_as_table(rows)]
-    errors, metadata = (_frame(parts, *plan) for plan in _plan_frames(parts, see=see))
+    errors, metadata = (_frame(parts, *plan) for plan in _plan_frames(parts, see=see, series=series))
     return metadata, errors
 
 def write_series(

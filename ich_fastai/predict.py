@@ -61,6 +61,7 @@ def _sight(place, seen):
 def read_study(
     src, # A folder of DICOM files, an iterable of paths, or a zip archive; of one study or several
     largest:int, # Pixels of the largest images of the store that the model learned from: the smaller ones are made of those
+    series=(), # As for `read_metadata`
     n_workers:int=2, # Processes, for more than 200 files; 0 works in this one
 )->tuple: # (metadata, errors, the `MemoryStore` of the slices in use)
     "All that a prediction needs of some files, each of which is read once"
@@ -68,7 +69,7 @@ def read_study(
     read = in_order(partial(_read, largest=largest), files, n_workers if len(files) > MANY else 0, label='reading files', unit='file')
     pairs = [pair for of_file in read for pair in of_file]
     seen = {(row['fname'], row['frame']): one for row, one in pairs if one}
-    metadata, errors = frames_of_rows([row for row, _ in pairs], partial(_sight, seen=seen))
+    metadata, errors = frames_of_rows([row for row, _ in pairs], partial(_sight, seen=seen), series)
     used = in_use(metadata)
     cleaned = [seen[key].cleaned for key in zip(used['fname'], used['frame'])]
     return metadata, errors, MemoryStore(used, {size: np.array([one[size] for one in cleaned]) for size in store_sizes(largest)})
@@ -103,13 +104,14 @@ def predict_study(
     bundle, # From `load_bundle`, or its folder
     src, # A folder of DICOM files, an iterable of paths, or a zip archive; of one study or several
     bs:int=36, # Slices at a time
+    series=(), # SeriesInstanceUIDs to use in their studies, as `ich-metadata --series`: name those that the model learned from
     n_workers:int=2, # Processes that read, for more than 200 files; 0 works in this one
 )->tuple: # (slices by image, studies by StudyInstanceUID), each with the six probabilities; NaN for labels that the model does not predict, and slices that are not in use
     "What a model predicts for each slice, and per study the maximum over slices in use with enough brain, as it learned from no others"
     if not isinstance(bundle, Bundle): bundle = load_bundle(bundle)
     src = src if isinstance(src, (str, Path)) else list(src)
     if not src: raise CliError(f'no files to predict on: {_what}')
-    metadata, errors, store = read_study(src, bundle.extra.get('store_size', bundle.size), n_workers)
+    metadata, errors, store = read_study(src, bundle.extra.get('store_size', bundle.size), series, n_workers)
     if len(errors): log.warning('%d files gave no slice: %s', len(errors), _counts(errors['error']))
     if not len(metadata): raise CliError(f'no CT slices in {printable(src)}: {_what}')
     unused = metadata['not_used'][~metadata['use']]

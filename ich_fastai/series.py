@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 from fastcore.script import CliError
+from .core import printable
 
 # %% ../nbs/10b_series.ipynb #0ef4268f
 def _vector_names(key, n): return [f'{key}{i or ""}' for i in range(n)]
@@ -117,7 +118,7 @@ def _order_notes(frame, codes, axial, shared):
 
 # %% ../nbs/10b_series.ipynb #1a11c6d7
 BONE, BRAIN = 200, (-10, 100)  # HU: a skull, also an infant's, shows some of it in every block; brain, edema and blood
-CLOSED = .75  # Share of the directions; an infant with open sutures has .8 to .9, an abdomen about .6
+CLOSED = .7  # Share of the directions; an infant with open sutures has .8 to .9, an abdomen about .6
 HEAD_AREA = 20  # cm²; a spinal canal has 3, the smallest newborn's brain 40 at its widest
 _angles = np.linspace(0, 2*np.pi, 72, endpoint=False)
 
@@ -197,6 +198,10 @@ def where_to_look(
     else: at = np.array(FIRST_LOOKS)*(n - 1)
     return list(dict.fromkeys(np.rint(at).astype(int).tolist()))
 
+def _plausible(sight):
+    "A pelvis too is a ring of bone, in a slice that is too large for a head with raised arms and a table"
+    return sight._replace(brain=0.) if sight.body > 1.5*BODY else sight
+
 def look(
     slices, # A row each of a stack, in the order of `where_to_look`
     see, # A function of a row that gives its `Sight`
@@ -205,12 +210,12 @@ def look(
     "Look at one slice after the other until it is clear that this is a head"
     found = []
     for row in slices:
-        found.append(see(row))
+        found.append(_plausible(see(row)))
         if found[-1].brain >= HEAD_AREA and not everywhere: break
     return found
 
 LOOKS = 8  # Without a brain in so many slices with bone in them, a stack shows no head
-BODY, LUNG = 400, 30  # cm² in a slice: the widest head has 280, its air cells and sinuses 20
+BODY, LUNG = 400, 40  # cm² in a slice: the widest head has 280, its air cells and sinuses 20
 
 def no_head(
     sights:pd.DataFrame, # Columns as of `Sight`, a row a slice; NaN where nobody looked
@@ -218,7 +223,7 @@ def no_head(
 )->pd.Series: # bool, by stack
     "Which stacks show no head"
     looked = sights.brain.notna()
-    body = looked & ((sights.body > BODY) | (sights.lung > np.maximum(LUNG, .15*sights.body)))
+    body = looked & ((sights.body > BODY) | (sights.lung > np.maximum(LUNG, .25*sights.body)))
     found = pd.DataFrame(dict(looked=looked, brain=sights.brain >= HEAD_AREA, body=body)).groupby(stack)
     return ~found.brain.any() & (found.body.any() | (found.looked.sum() >= LOOKS))
 
@@ -242,50 +247,60 @@ def _middles(frame):
     "How far up the body the middle of each slice is, in mm; NaN where nothing tells"
     axes, position = _numbers(frame, _orientation), _numbers(frame, _position)
     sides = (_numbers(frame, ['Columns', 'Rows']) - 1)*_numbers(frame, ['PixelSpacing1', 'PixelSpacing'])
-    return position[:, 2] + np.nan_to_num(sides*axes[:, [2, 5]]/2).sum(1)
+    middle = position[:, 2] + np.nan_to_num(sides*axes[:, [2, 5]]/2).sum(1)
+    return np.where(np.isnan(middle), _numbers(frame, ['SliceLocation'])[:, 0], middle)
 
 def find_stacks(
     frame:pd.DataFrame, # Metadata in the order of the head
 )->tuple: # (the stack of each slice; a frame with a row a stack; the middle of each slice in mm)
-    "What there is to choose from: study, series, plane, slices, thickness, first slice, and from where to where"
+    "What there is to choose from: study, series, plane, slices at how many places, thickness, and from where to where"
     stack, middle = stack_codes(frame), _middles(frame)
     study = pd.factorize(frame.StudyInstanceUID, use_na_sentinel=False)[0]
     thickness, number = _numbers(frame, ['SliceThickness', 'SeriesNumber']).T
     places = dict(study=study, series=series_codes(frame), plane=planes(frame), middle=middle, row=np.arange(len(frame)))
-    facts = pd.DataFrame(dict(**places, thickness=thickness, number=number))
-    by = facts.groupby(stack)
-    stacks = by[['study', 'series', 'plane', 'number']].first().join(by.thickness.median()).assign(slices=by.size(), first=by.row.first())
-    half = stacks.thickness.fillna(0)/2
-    return stack, stacks.assign(low=by.middle.min() - half, high=by.middle.max() + half), middle
+    by = pd.DataFrame(dict(**places, thickness=np.where(thickness > 0, thickness, np.nan), number=number)).groupby(stack)
+    ends, n = by.middle.agg(['min', 'max']), pd.Series(np.rint(middle*10)).groupby(stack).nunique()
+    spacing = (ends['max'] - ends['min'])/(n - 1).clip(lower=1)
+    thick = by.thickness.median().fillna(spacing.where(spacing > 0))  # What the header does not say, the positions do
+    stacks = by[['study', 'series', 'plane', 'number']].first().assign(slices=by.size(), places=n, first=by.row.first(), thickness=thick)
+    half = thick.fillna(0)/2
+    return stack, stacks.assign(low=ends['min'] - half, high=ends['max'] + half), middle
 
 # %% ../nbs/10b_series.ipynb #f11cb4b1
 _sharp = re.compile(r"""BONE|EDGE|LUNG|SHARP|ULTRA  # GE
-    |^[A-Z]{1,2}[5-9][0-9]  # Siemens: H60s, Hr59d
+    |^(?!FC)[A-Z]{1,2}[5-9][0-9]  # Siemens: H60s, Hr59d
     |^FC[358][0-9]  # Canon
     |^(D|E|L|Y[A-D])$  # Philips""", re.I | re.X).search
-_no_agent = re.compile(r'(no|none|n|without|unenhanced|-|0)?', re.I).fullmatch
+_without = r'(no|non|none|nil|not|n/?a|n|without|w/?o|unenhanced|native|plain|ohne|unknown|-|0( ?ml)?)'
+_no_agent = re.compile(rf'{_without}?([ -]?(iv|contrast|agent|media|km))*', re.I).fullmatch
+_plain_head = re.compile(rf'{_without}[ -]*(iv )?(contrast|c\b|km)|\bNCCT|NECT|unenhanced|native|C-', re.I).search
+_enhanced = re.compile(r'\bCTA\b|CTA[ _]|ANGIO|CONTRAST|\bC\+|POST ?C\b|VENOUS|ARTERIAL|PERFUSION|\bCTP\b', re.I).search
+_projection = re.compile(r'(^|[^A-Za-z])M(IN)?IPS?([^A-Za-z]|$)|PROJECTION|\bVRT\b', re.I).search
 
 def series_facts(
     texts:pd.DataFrame, # ConvolutionKernel, ContrastBolusAgent, ImageType ... ImageType3, SeriesDescription; a row a stack
 )->pd.DataFrame: # bool: contrast, sharp, projection, derived
     "What the header of a series says that matters for choosing it"
     def text(key): return texts[key].fillna('').astype(str).str.strip() if key in texts else pd.Series('', texts.index)
+    def says(pattern, of): return of.map(lambda t: bool(pattern(t))).astype(bool)
     kernel, description = text('ConvolutionKernel'), text('SeriesDescription')
-    said = description.str.cat([text(key) for key in _vector_names('ImageType', 4)], sep=' ')
+    kinds = description.str.cat([text(key) for key in _vector_names('ImageType', 4)], sep=' ')
+    called = says(_enhanced, description) & ~says(_plain_head, description)
     return pd.DataFrame(dict(
-        contrast=~text('ContrastBolusAgent').map(_no_agent).astype(bool),
-        sharp=kernel.map(_sharp).astype(bool) | (kernel == '') & description.str.contains('bone', case=False),
-        projection=said.str.contains(r'\bM(?:IN)?IP\b|PROJECTION', case=False),
+        contrast=~says(_no_agent, text('ContrastBolusAgent')) | called,
+        sharp=says(_sharp, kernel) | (kernel == '') & description.str.contains('bone', case=False),
+        projection=says(_projection, kinds),
         derived=text('ImageType').str.upper() == 'DERIVED'))
 
 # %% ../nbs/10b_series.ipynb #ddcd6386
 def _rank(stacks):
     "Row numbers of the stacks, the better ones of a study first"
-    height = stacks.high - stacks.low
+    height = (stacks.high - stacks.low).clip(upper=200)  # mm, a head's
     short = height < height.groupby(stacks.study).transform('max')/2
+    moving = stacks.projection | (stacks.slices >= 2*stacks.places)
     off = np.abs(np.log(stacks.thickness.clip(lower=.1)/5)).fillna(0).round(2)
-    last = [stacks.number.fillna(np.inf), -stacks.slices, stacks.derived, off]
-    return np.lexsort([*last, stacks.sharp, stacks.contrast, stacks.projection, short, stacks.study])  # The last counts most
+    last = [stacks.number.fillna(np.inf), -stacks.places, stacks.derived, off]
+    return np.lexsort([*last, stacks.sharp, stacks.contrast, moving, short, stacks.study])  # The last counts most
 
 def _covered(one, others):
     "Is more than half of a stack at the same place as one of the others? Where a place is not known, it is"
@@ -315,6 +330,8 @@ def choose(
     of_asked = stacks.study.isin(stacks.study[asked])
     why[of_asked] = np.where(asked, '', 'not the series that was named')[of_asked]
     for plane, name in enumerate(PLANES[:2]): why[(stacks.plane == plane) & (why == '')] = f'{name}, not axial'
+    blind = stacks.uid[asked & ~stacks.uid.isin(stacks.uid[stacks.plane == 2])]
+    if len(blind): raise CliError(f'series {printable(blind.iloc[0])} has no axial slices, and models look at no others: name another one')
     if 'all' in named: return why
     left = stacks[(why == '') & ~asked]
     best = _best(left.iloc[_rank(left)])
@@ -353,7 +370,7 @@ SERIES_COLUMNS = [*_keys, *_orientation, 'SliceThickness', 'PixelSpacing', *_tex
 
 def _listed(texts): return '; '.join(sorted({t for t in texts if t}))
 
-def _head_like(area): return 'not looked at' if np.isnan(area) else 'yes' if area >= HEAD_AREA else 'no'
+def _head_like(area): return 'unknown' if np.isnan(area) else 'yes' if area >= HEAD_AREA else 'not seen'
 
 def series_frame(
     metadata:pd.DataFrame, # From `read_metadata`, at least its `SERIES_COLUMNS`
@@ -363,10 +380,11 @@ def series_frame(
     codes = series_codes(frame)
     by = frame.groupby(codes)
     first, area = by.first(), by.brain_cm2.max()
-    def middle(key): return pd.to_numeric(frame[key], errors='coerce').groupby(codes).median()
+    shown = frame.use | ~by.use.transform('any')  # Of a series in use the slices in use
+    def middle(key): return pd.to_numeric(frame[key], errors='coerce').where(shown).groupby(codes).median()
     what = dict(number=first.SeriesNumber, orientation=pd.Series(np.array(PLANES)[planes(frame)]).groupby(codes).agg(_listed), slices=by.size())
     use = dict(in_use=by.use.sum(), use=by.use.any(), not_used=by.not_used.agg(_listed), head=area.map(_head_like), brain_cm2=area)
-    steps = frame.z.groupby(codes).diff().abs().groupby(codes).median()
+    steps = frame.z[shown].groupby(codes[shown]).diff().abs().groupby(codes[shown]).median()
     sizes = dict(thickness=middle('SliceThickness'), spacing=steps, pixel=middle('PixelSpacing'))
     said = {new: first[old] for old, new in _texts.items()}
     rows = pd.DataFrame(what | use | sizes | said).join(series_facts(first))
