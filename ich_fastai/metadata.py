@@ -295,7 +295,9 @@ def _used(parts, rows, frame, series=(), salt=None, **reading):
     texts = _gather(parts, _stack_texts, rows[stacks['first'].to_numpy()]).to_pandas()
     series = _named(series, texts.SeriesInstanceUID, salt)
     sights = _sights(parts, rows, stack, stacks, **reading)
-    stacks = stacks.join(series_facts(texts)).assign(no_head=no_head(sights, stack), uid=texts.SeriesInstanceUID)
+    facts = series_facts(texts) if stacks.study.duplicated().any() else None  # Which matter where there is a choice
+    stacks = stacks.join(facts) if facts is not None else stacks
+    stacks = stacks.assign(no_head=no_head(sights, stack), uid=texts.SeriesInstanceUID)
     why = slices_in_use(stack, choose(stacks, series), middle, sights.brain.to_numpy())
     return dict(use=why == '', not_used=why, brain_cm2=sights.brain.to_numpy())
 

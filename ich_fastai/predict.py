@@ -17,7 +17,7 @@ from fastai.basics import default_device
 from fastcore.script import CliError
 from .core import LABELS, in_order, log, printable
 from .dicom import read_slices
-from .series import Sight, in_use, look_at
+from .series import Blocks, in_blocks, in_use, sight_of
 from .metadata import _read_file, find_files, frames_of_rows
 from .clean import MIN_BRAIN, clean_slice, store_sizes
 from .data import make_loader
@@ -40,11 +40,10 @@ MANY = 200  # Files; fewer are read before worker processes have started
 
 class Seen(NamedTuple):
     "What is kept of a slice's pixels"
-    sight:Sight  # Were the image 250 mm wide
-    columns:int  # Pixels across, once they are square
+    blocks:Blocks  # To look at, where that is wanted
     cleaned:dict  # By size, int16 HU [size, size]
 
-def _seen(image, largest): return Seen(look_at(image), image.shape[1], clean_slice(image, largest)[1])
+def _seen(image, largest): return Seen(in_blocks(image), clean_slice(image, largest)[1])
 
 def _read(fname, largest):
     "(row, what is kept of the pixels) of each slice of a file; of a file without one, its error and None"
@@ -52,11 +51,9 @@ def _read(fname, largest):
     return [(part, None) if isinstance(part, dict) else part for part in found]
 
 def _sight(place, seen):
-    "The sight of a slice that was read, at its true width"
+    "The sight of a slice that was read; its pixels are square by now"
     fname, frame, _, *spacing = place
-    one = seen[fname, frame]
-    scale = 1 if None in spacing else (one.columns*min(spacing)/250)**2
-    return Sight(*(area*scale for area in one.sight))
+    return sight_of(seen[fname, frame].blocks, None if None in spacing else [min(spacing)]*2)
 
 def read_study(
     src, # A folder of DICOM files, an iterable of paths, or a zip archive; of one study or several

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PLANES', 'BONE', 'BRAIN', 'CLOSED', 'HEAD_AREA', 'TALL', 'FIRST_LOOKS', 'LOOKS', 'BODY', 'LUNG', 'THICKER', 'BELOW',
-           'SERIES_COLUMNS', 'series_codes', 'planes', 'is_axial', 'slice_z', 'head_order', 'Sight', 'look_at',
-           'where_to_look', 'look', 'no_head', 'stack_codes', 'find_stacks', 'series_facts', 'choose', 'slices_in_use',
-           'in_use', 'series_frame']
+           'SERIES_COLUMNS', 'series_codes', 'planes', 'is_axial', 'slice_z', 'head_order', 'Sight', 'Blocks',
+           'in_blocks', 'sight_of', 'look_at', 'where_to_look', 'look', 'no_head', 'stack_codes', 'find_stacks',
+           'series_facts', 'choose', 'slices_in_use', 'in_use', 'series_frame']
 
 # %% ../nbs/10b_series.ipynb #ea0a4770
 import re
@@ -169,21 +169,40 @@ def _enclosed(walls, soft):
     closed = wall.any(1) & (softly | (steps == 0))
     return np.pi*((steps[closed] + .5)**2).mean()*closed.mean() if closed.mean() >= CLOSED else 0.
 
-def look_at(
+class Blocks(NamedTuple):
+    "An image in about 64 x 64 blocks: all that a look needs of it"
+    walls:np.ndarray  # bool
+    means:np.ndarray  # HU
+    size:int  # Pixels across a block
+    width:int  # Pixels across the image
+
+def in_blocks(
     image:np.ndarray, # HU [rows, columns]
-    spacing=None, # mm from row to row and from column to column; where None, the image is taken to be 250 mm wide
     bone:float=BONE, # HU from which on a pixel is bone
+)->Blocks:
+    "Where there is bone, and the mean of each block"
+    size = max(min(image.shape)//128*2, 1)
+    return Blocks(_walls(image, bone, size), _means(image, size), size, image.shape[1])
+
+def sight_of(
+    blocks:Blocks,
+    spacing=None, # mm from row to row and from column to column; where None, the image is taken to be 250 mm wide
 )->Sight:
     "How much of a slice is brain, body and lung"
-    block = max(min(image.shape)//128*2, 1)
-    walls, mean = _walls(image, bone, block), _means(image, block)
-    across, down = spacing or [250/image.shape[1]]*2
-    cm2 = block**2*across*down/100
-    soft = ~walls & (mean >= BRAIN[0]) & (mean <= BRAIN[1])
+    walls, means, size, width = blocks
+    across, down = spacing or [250/width]*2
+    cm2 = size**2*across*down/100
+    soft = ~walls & (means >= BRAIN[0]) & (means <= BRAIN[1])
     brain = _enclosed(walls, soft) if walls.any() else np.nan
-    return Sight(float(brain*cm2), float((mean > -300).sum()*cm2), float(((mean > -920) & (mean < -500)).sum()*cm2))
+    return Sight(float(brain*cm2), float((means > -300).sum()*cm2), float(((means > -920) & (means < -500)).sum()*cm2))
 
-
+def look_at(
+    image:np.ndarray, # HU [rows, columns]
+    spacing=None, # As for `sight_of`
+    bone:float=BONE, # As for `in_blocks`
+)->Sight:
+    "How much of a slice is brain, body and lung"
+    return sight_of(in_blocks(image, bone), spacing)
 
 # %% ../nbs/10b_series.ipynb #486ec908
 TALL = 250  # mm; a head CT covers 120 to 200
@@ -334,6 +353,7 @@ def choose(
     if len(blind): raise CliError(f'series {printable(blind.iloc[0])} has no axial slices, and models look at no others: name another one')
     if 'all' in named: return why
     left = stacks[(why == '') & ~asked]
+    if left.study.is_unique: return why
     best = _best(left.iloc[_rank(left)])
     others = left.drop(best)
     same = others.series.isin(left.series[best])
