@@ -21,6 +21,7 @@ from .series import Sight, in_use, look_at
 from .metadata import _read_file, find_files, frames_of_rows
 from .clean import MIN_BRAIN, clean_slice, store_sizes
 from .data import make_loader
+from .models import full_precision
 from .train import predict
 from .sequence import SLICES_A_FILE, Features, series_loader, series_of
 from .bundle import Bundle, load_bundle
@@ -82,7 +83,8 @@ def _cnn_loader(bundle, store, bs):
 def _read_series(bundle, store, bs):
     cnn, index = bundle.parts[0], store.index
     cnn.model.to(default_device())
-    with torch.inference_mode(): rows = torch.cat([cnn.model.features(x).cpu() for x, _ in _cnn_loader(cnn, store, bs)]).numpy()
+    with torch.inference_mode(), full_precision(cnn.model):
+        rows = torch.cat([cnn.model.features(x).cpu() for x, _ in _cnn_loader(cnn, store, bs)]).numpy()
     headers = index.reindex(columns=bundle.extra['headers']).to_numpy(np.float32)
     features = Features([np.concatenate([rows, headers], axis=1)[i:i + SLICES_A_FILE] for i in range(0, len(rows), SLICES_A_FILE)])
     return predict(bundle.model, bundle.recipe, series_loader(features, series_of(index, np.arange(len(index))), None, 8, len(bundle.labels)))

@@ -41,7 +41,7 @@ from .recipes import Recipe, get_recipe
 from .metrics import accuracy_multi, auroc, recall, weighted_log_loss
 from .clean import sizes_of
 from .data import make_dls, sizes_read, task_slices, training_slices
-from .models import create_model, load_weights, parameter_groups, precision_on, probabilities, save_weights
+from .models import create_model, full_precision, load_weights, parameter_groups, precision_on, probabilities, save_weights
 
 # %% ../nbs/23_train.ipynb #bd8c6fa6
 class LabelLoss(BCEWithLogitsLossFlat):
@@ -95,7 +95,7 @@ def optimizer(
 ): # A function of parameters, as fastai's Learner wants it
     "fastai's Adam, or torch's Adadelta"
     if recipe.optimizer == 'adadelta': return partial(OptimWrapper, opt=torch.optim.Adadelta, rho=0.95, eps=recipe.eps)  # Keras' rho; torch has 0.9
-    return partial(Adam, eps=recipe.eps)
+    return partial(Adam, mom=recipe.mom, sqr_mom=recipe.sqr_mom, eps=recipe.eps)
 
 def learner_for(
     dls, model:nn.Module,
@@ -591,6 +591,8 @@ def predict(
     dl, # From `make_loader`, without a seed
     collect=lambda logits, n: logits, # Puts the shares of several processes together, `n` slices in all
 )->np.ndarray: # float32 [n, k] probabilities
-    "What the model says about each slice of a loader"
+    "What the model predicts for each slice of a loader, in float32"
     model.to(dl.device).eval()
-    return torch.cat([probabilities(collect(model(*xs), dl.whole), recipe).cpu() for *xs, _ in progress(dl, label='predicting', unit='batch')]).numpy()
+    with full_precision(model):
+        batches = progress(dl, label='predicting', unit='batch')
+        return torch.cat([probabilities(collect(model(*xs), dl.whole), recipe).cpu() for *xs, _ in batches]).numpy()
