@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['JPEG_SIZE', 'SHORT', 'phantom_run', 'task_slices', 'training_slices', 'hist_bins', 'view_table', 'n_channels',
            'TensorHU', 'TensorCT', 'OfPictures', 'LookUp', 'neighbors', 'Draws', 'Turn', 'Blur', 'read_at',
-           'open_pictures', 'sizes_read', 'Slices', 'SliceLoader', 'make_loader', 'make_dls', 'labelled_slices',
-           'prediction_frame']
+           'open_pictures', 'sizes_read', 'Slices', 'SliceLoader', 'make_loader', 'MemoryStore', 'slices_in_memory',
+           'HeadLoaders', 'make_dls', 'labelled_slices', 'prediction_frame']
 
 # %% ../nbs/20_data.ipynb #4135dde7
 import random
@@ -37,7 +37,8 @@ from .phantom import PREVALENCE, write_phantoms
 from .metadata import read_metadata
 from .series import series_codes
 from .labels import check_patients, read_labels, split_patients, subset
-from .clean import JpegStore, Store, clean_images, export_images, source_size
+from .clean import JpegStore, Store, clean_images, clean_slice, export_images, source_size, store_sizes
+from .gray import slice_hu
 
 # %% ../nbs/20_data.ipynb #7cfdd26b
 def phantom_run(
@@ -363,7 +364,44 @@ def make_loader(
     dl.fake_l.generator = torch.Generator()  # torch's loader draws a number each epoch, not from what Dropout draws from
     return dl
 
+# %% ../nbs/20_data.ipynb #6204e837
+class MemoryStore:
+    "Cleaned slices of a few studies, read as from a `Store`"
+    def __init__(self,
+        index:pd.DataFrame, # Metadata of the slices
+        hu:dict, # By size, int16 HU [slices, size, size]
+    ): self.index, self.sizes, self.hu = index, tuple(hu), hu
+
+    def read(self, positions, size): return self.hu[size][positions]
+
+def slices_in_memory(
+    items, # Paths of files, HU [rows, columns], or a frame of metadata
+    largest:int, # Pixels of the store that the model learned from
+)->MemoryStore:
+    "Slices from elsewhere, cleaned as those of the store"
+    if isinstance(items, pd.DataFrame): index, images = items, [slice_hu(*row) for row in items[['fname', 'frame', 'gray']].itertuples(index=False)]
+    else:
+        images = [item if isinstance(item, np.ndarray) else slice_hu(item) for item in items]
+        index = pd.DataFrame(dict(SeriesInstanceUID=np.arange(len(images))))  # Each without neighbors
+    if not len(images): raise CliError('no slices: give paths, arrays of HU, or a frame of metadata')
+    cleaned = [clean_slice(image, largest)[1] for image in images]
+    return MemoryStore(index, {size: np.array([one[size] for one in cleaned]) for size in store_sizes(largest)})
+
 # %% ../nbs/20_data.ipynb #936d5d7f
+class HeadLoaders(DataLoaders):
+    "fastai's pair of loaders, which know the recipe, the store and the bins that they were made of"
+    def test_dl(self,
+        items, # Positions in the store, or paths of files, HU [rows, columns], or a frame of metadata
+        bs:int=None, # Slices in a batch; that of validation where None
+        **kwargs, # fastai's others do not concern slices
+    )->SliceLoader: # In order, without targets
+        "Other slices as the network sees them, for `get_preds(dl=...)`"
+        bs, recipe = bs or self.valid.bs, self.recipe
+        if len(items) and isinstance(items, (list, tuple, np.ndarray)) and np.ndim(items[0]) == 0 and not isinstance(items[0], (str, Path)):
+            return make_loader(self.store, recipe, self.bins, np.asarray(items), self.size, bs, device=self.device)
+        store = slices_in_memory(items, max(self.store.sizes))
+        return make_loader(store, recipe, self.bins, np.arange(len(store.index)), self.size, bs, device=self.device)
+
 def make_dls(
     run, # A run folder
     recipe, # A name, a `Recipe` or a TOML file
@@ -372,7 +410,7 @@ def make_dls(
     seed:int=0, # Draws negatives, order and augmentation
     stage:int=0, # Another order and augmentation of the same slices
     device=None, # fastai's default where None
-)->DataLoaders: # With `bins` and `store` beside the two loaders
+)->HeadLoaders: # With `bins`, `store`, `recipe` and `size` beside the two loaders
     "The recipe's training and validation slices as fastai DataLoaders"
     run, recipe = Run(run), get_recipe(recipe)
     labels, split, store = run.read('labels'), run.read('split'), Store(run.images)
@@ -384,10 +422,11 @@ def make_dls(
     bins = hist_bins(store, task_slices(Recipe('all'), store.index, labels, split, 'train'), size=max(recipe.sizes))
     targets = labels[list(recipe.labels)].reindex(store.index.index, fill_value=False).to_numpy()
     size, bs = size or recipe.sizes[0], bs or recipe.batch_sizes[0]
+    if size > max(store.sizes): raise CliError(f'{store} has no images of {size} px: make them with `ich-clean {run.path} --size {size}`')
     pictures = open_pictures(run, recipe, store)
     loaders = [make_loader(pictures, recipe, bins, side, size, bs, targets[side], s, device) for side, s in ((train, seed + 1000*stage), (valid, None))]
-    dls = DataLoaders(*loaders, path=run.path, device=device or default_device())
-    dls.bins, dls.store = bins, pictures
+    dls = HeadLoaders(*loaders, path=run.path, device=device or default_device())
+    dls.bins, dls.store, dls.recipe, dls.size = bins, pictures, recipe, size
     return dls
 
 # %% ../nbs/20_data.ipynb #c12a8d18

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['ARCHS', 'OWN', 'PRECISIONS', 'HEADS', 'weights_file', 'simple_nn', 'deep_cnn', 'create_body_for', 'precision_on',
-           'Net', 'n_outputs', 'probabilities', 'create_model', 'n_parameters', 'n_statistics', 'parameter_groups',
-           'save_weights', 'load_weights', 'n_features', 'training_cost']
+           'Float32Linear', 'full_precision', 'Net', 'n_outputs', 'probabilities', 'create_model', 'n_parameters',
+           'n_statistics', 'parameter_groups', 'save_weights', 'load_weights', 'n_features', 'training_cost']
 
 # %% ../nbs/22_models.ipynb #62024912
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
 from urllib.error import URLError
@@ -107,6 +108,24 @@ def precision_on(
     has = getattr(torch.cpu, 'get_capabilities', dict)() if device == 'cpu' else {}
     return 'bf16' if has.get('avx512_bf16') or has.get('amx_bf16') else 'fp32'
 
+class Float32Linear(nn.Linear):
+    "A linear layer that computes in float32, whatever the layers before it do"
+    def forward(self, x):
+        if x.is_meta: return super().forward(x)  # Which has shapes alone, and no autocast
+        with torch.autocast(x.device.type, enabled=False): return super().forward(x.to(self.weight.dtype))
+
+@contextmanager
+def full_precision(
+    model:nn.Module, # A `Net`, or one that has no half precision
+):
+    "Compute in float32 until the block ends, so that every processor gives the same answer"
+    if not isinstance(model, Net):
+        yield
+        return
+    before, model.precision = model.precision, 'fp32'
+    try: yield
+    finally: model.precision = before
+
 class Net(nn.Sequential):
     "Body and head; logits [n, k] in float32 out of pictures [n, c, h, w]"
     precision = 'auto'
@@ -154,7 +173,9 @@ def create_model(
     "The recipe's network, an output a label"
     recipe = get_recipe(recipe)
     body, n_features = create_body_for(recipe, pretrained)
-    model = Net(*add_head(body, n_features, n_outputs(recipe), head=HEADS[recipe.head](n_features, n_outputs(recipe), recipe.dropout)))
+    head = HEADS[recipe.head](n_features, n_outputs(recipe), recipe.dropout)
+    head[-1].__class__ = Float32Linear  # All of them end in a linear layer; its weights stay as they were drawn
+    model = Net(*add_head(body, n_features, n_outputs(recipe), head=head))
     model.precision = recipe.precision
     return model.to(memory_format=torch.channels_last)
 

@@ -64,6 +64,8 @@ class Recipe:
     lr_decay: float = 1.               # For schedule 'flat'
     wd: float = 0.01                   # Decoupled weight decay, fastai's default for Adam
     eps: float = 1e-5                  # The optimizer's epsilon, fastai's default for Adam
+    mom: float = 0.9                   # Adam's momentum; a one-cycle moves it from 0.95 to 0.85 and back, as fastai does
+    sqr_mom: float = 0.99              # Adam's momentum of the squares, fastai's default; Keras has 0.999
     precision: str = 'auto'            # 'fp32', 'fp16' or 'bf16', by autocast; 'auto' is the fastest that the device has
     # augmentation, on the batch, in training only
     flip: bool = True                  # Left and right, with probability 0.5
@@ -90,7 +92,7 @@ _choices = dict(kind=(*BUILT, 'metadata_forest', 'bright_pixels', 'pca_logistic'
                 slices=('all', 'bleeding'), view=('hist', 'windows', 'neighbors', 'jpeg'), head=('fastai', 'linear', 'petkov', 'qiu'),
                 frozen=('', 'body', 'three_blocks'), reader=('lstm', 'gru', 'attention', 'none'), optimizer=('adam', 'adadelta'),
                 schedule=('one_cycle', 'flat'), precision=('auto', 'fp32', 'fp16', 'bf16'))
-_limits = dict(min_types=(1, 5), eps=(1e-12, 1), dropout=(0, 0.99), units=(1, 10_000), layers=(1, 100), frozen_epochs=(0, 10_000), lr=(0, 1e38), lr_unfrozen=(0, 1e38),
+_limits = dict(min_types=(1, 5), eps=(1e-12, 1), mom=(0, 0.9999), sqr_mom=(0, 0.99999), dropout=(0, 0.99), units=(1, 10_000), layers=(1, 100), frozen_epochs=(0, 10_000), lr=(0, 1e38), lr_unfrozen=(0, 1e38),
                lr_decay=(0, 1), wd=(0, 100), negatives=(0, 1e6), rotate=(0, 180), shift=(0, 1), shear=(0, 1), zoom=(0, 0.9), blur=(0, 1), threshold=(0, 1))
 _of_each = dict(sizes=(64, 4096), batch_sizes=(2, 100_000), epochs=(1, 10_000), dense=(1, 10_000))  # BatchNorm compares the slices of a batch, so it wants two
 
@@ -211,7 +213,7 @@ petkov_binary = add_recipe(Recipe(
     head='petkov', dropout=0.4,        # Pooling, Dense 256, ReLU, Dropout, BatchNorm
     frozen='body',                     # "we froze all of its layers except the Batch Normalization layers"
     epochs=(10,),                      # Not told
-    schedule='flat', lr=1e-3, wd=0., eps=1e-7,  # Not told: Adam as Keras sets it
+    schedule='flat', lr=1e-3, wd=0., eps=1e-7, sqr_mom=0.999,  # Not told: Adam as Keras sets it
     precision='fp32',                  # As Keras trains
     flip=True, rotate=20., shift=0.05, shear=0.05,
     zoom=0.2,                          # "zoom into the brain", how far is not told; the store is cropped to the head already
@@ -249,7 +251,7 @@ pyligent_resnet50 = add_recipe(Recipe(
     view='windows', windows=('brain', 'subdural', 'brain_bone'),  # "channel 3 image"; the windows are our reading
     arch='resnet50', head='linear', dropout=0.,
     sizes=(224,), batch_sizes=(32,), epochs=(5,),
-    schedule='flat', lr=5e-4, lr_decay=0.8, wd=0., eps=1e-7,  # "Decay_rate = 0.8 Learning rate = 5e-4", Adam as Keras sets it
+    schedule='flat', lr=5e-4, lr_decay=0.8, wd=0., eps=1e-7, sqr_mom=0.999,  # "Decay_rate = 0.8 Learning rate = 5e-4", Adam as Keras sets it
     precision='fp32', flip=False, rotate=0.,
 ))
 pyligent_efficientnet_b4 = add_recipe(replace(
@@ -265,7 +267,7 @@ qiu_vgg19 = add_recipe(Recipe(
     arch='vgg19', head='qiu', dropout=0.5,  # Two layers of 1,000 units
     frozen='three_blocks',
     sizes=(128,), batch_sizes=(32,), epochs=(50,),
-    schedule='flat', lr=1e-4, wd=0., eps=1e-7,  # Adam as Keras sets it
+    schedule='flat', lr=1e-4, wd=0., eps=1e-7, sqr_mom=0.999,  # Adam as Keras sets it
     precision='fp32', flip=True, rotate=15., shift=0.1,  # "shifting images around, rotating and mirroring", how far is not told
 ))
 qiu_pca_logistic = add_recipe(replace(qiu_vgg19, name='qiu_pca_logistic', kind='pca_logistic', source='Qiu et al. 2019, baseline: accuracy 0.854, recall 0.017'))
@@ -274,7 +276,7 @@ qiu_lrcn = add_recipe(Recipe(
     'qiu_lrcn', source='Qiu et al. 2019, LRCN: accuracy 0.877, recall 0.938 (first epoch), precision 0.820, AUC 0.905',
     kind='sequence', parts=('qiu_vgg19',), labels=('any',),
     reader='lstm', units=100, dropout=0.5, dense=(100, 50),  # "reduced the complexity of the dense layers and introduced batch normalization": how far is not told
-    sizes=(128,), batch_sizes=(8,), epochs=(50,), schedule='flat', lr=1e-4, wd=0., eps=1e-7, precision='fp32',
+    sizes=(128,), batch_sizes=(8,), epochs=(50,), schedule='flat', lr=1e-4, wd=0., eps=1e-7, sqr_mom=0.999, precision='fp32',
 ))
 qiu_attention = add_recipe(replace(qiu_lrcn, name='qiu_attention', reader='attention', source='Qiu et al. 2019: "attention mechanisms as an alternative"'))
 qiu_ensemble = add_recipe(Recipe('qiu_ensemble', kind='ensemble', parts=('qiu_vgg19', 'qiu_lrcn'), labels=('any',),
@@ -355,7 +357,7 @@ def parts_of(
 
 # %% ../nbs/02_recipes.ipynb #efb86df9
 _of_any = 'name', 'source', 'kind', 'labels', 'threshold'
-_of_training = ('batch_sizes', 'epochs', 'frozen_epochs', 'optimizer', 'schedule', 'lr', 'lr_unfrozen', 'lr_decay', 'wd', 'eps', 'precision')
+_of_training = ('batch_sizes', 'epochs', 'frozen_epochs', 'optimizer', 'schedule', 'lr', 'lr_unfrozen', 'lr_decay', 'wd', 'eps', 'mom', 'sqr_mom', 'precision')
 _of_slices = 'slices', 'min_types', 'negatives'
 _of_sequences = ('parts', 'reader', 'units', 'layers', 'dense', 'dropout', 'softmax', 'differences', 'headers', 'both_orders')
 

@@ -25,7 +25,7 @@ from .core import Run, progress, sweep, write_whole
 from .recipes import Recipe
 from .series import series_codes
 from .data import Draws, SliceLoader, make_loader
-from .models import n_outputs
+from .models import full_precision, n_outputs
 
 # %% ../nbs/25_sequence.ipynb #08ff4cd2
 SLICES_A_FILE = 4096
@@ -49,7 +49,8 @@ class Features:
         return np.concatenate(rows)
 
 @torch.inference_mode()
-def _part(model, dl): return torch.cat([model.features(x).cpu() for x, _ in dl]).numpy()
+def _part(model, dl):
+    with full_precision(model): return torch.cat([model.features(x).cpu() for x, _ in dl]).numpy()
 
 def cnn_features(
     folder, # Where to keep them: the CNN's own model folder
@@ -59,7 +60,7 @@ def cnn_features(
 )->Features: # Of all slices of the store
     "The CNN's features, worked out or read back"
     weights = hashlib.blake2b((Path(folder)/'bundle'/'model.safetensors').read_bytes() + str(store.index.attrs.get('key')).encode(), digest_size=8).hexdigest()
-    kept, n = Path(folder)/'features'/weights, len(store.index)
+    kept, n = Path(folder)/'features'/f'{weights}-fp32', len(store.index)
     kept.mkdir(parents=True, exist_ok=True)
     sweep(kept)
     model = bundle.model.to(default_device()).eval()
