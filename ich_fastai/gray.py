@@ -16,7 +16,7 @@ import pandas as pd
 from PIL import Image
 from fastcore.script import CliError
 from ._files import archive_of, open_zip, refusals
-from .core import WINDOWS, Window, printable, short_names, table_format, without_suffix
+from .core import IMAGE_COLUMNS, WINDOWS, Window, plain_name, printable, short_names, table_format, without_suffix
 from .dicom import MAX_MB, MIN_SIDE, Refused, histogram, pixel_stats, upright_hu
 from .series import BONE
 
@@ -104,10 +104,8 @@ def gray_hu(
     return np.where(gray == 0, np.minimum(other, low), hu).astype(np.int16)
 
 # %% ../nbs/10c_gray.ipynb #4244240f
-_heads = dict(file=('file', 'filename', 'image', 'imagename', 'path', 'name', 'id', 'sopinstanceuid'), patient=('patient', 'patientid', 'patientnumber'),
+_heads = dict(file=IMAGE_COLUMNS, patient=('patient', 'patientid', 'patientnumber'),
               study=('study', 'studyid', 'studyinstanceuid'), slice=('slice', 'sliceno', 'slicenumber', 'instancenumber'))
-
-def _plain(name): return re.sub(r'[\s_-]', '', str(name)).lower()
 
 def read_patients(
     csv, # Path of a CSV file with the columns file, patient, slice, and possibly study; case and spaces do not matter
@@ -117,7 +115,7 @@ def read_patients(
         with open(csv, 'rb') as f: encoding, delimiter = table_format(f.read(4000))
         table = pd.read_csv(csv, dtype=str, skipinitialspace=True, encoding=encoding, sep=delimiter)
     except (OSError, ValueError) as e: raise CliError(f'{csv} is no table of patients: {printable(e)}') from None
-    columns = {what: next((c for c in table if _plain(c) in names), None) for what, names in _heads.items()}
+    columns = {what: next((c for c in table if plain_name(c) in names), None) for what, names in _heads.items()}
     missing = [what for what in ('file', 'patient') if columns[what] is None]
     there = printable(', '.join(map(str, table)))
     if missing: raise CliError(f"{csv} has the columns {there}: give one named {' and one named '.join(missing)}")

@@ -6,14 +6,14 @@
 __all__ = ['TYPES_FROM', 'read_labels', 'coverage', 'people', 'check_patients', 'split_patients', 'subset']
 
 # %% ../nbs/12_labels.ipynb #307ba335
-import re, zipfile
+import zipfile
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from fastcore.script import CliError
-from .core import LABELS, TYPES, printable, short_names, table_format, without_suffix
+from .core import IMAGE_COLUMNS, LABELS, TYPES, plain_name, printable, short_names, table_format, without_suffix
 from .series import in_use
 
 # %% ../nbs/12_labels.ipynb #350c971f
@@ -112,15 +112,11 @@ def _pivoted(path, image, names, label, truth):
     return frame
 
 # %% ../nbs/12_labels.ipynb #3276b97d
-_image_names = 'file', 'filename', 'image', 'imagename', 'id', 'sopinstanceuid'
-
-def _plain(name): return re.sub(r'[\s_-]', '', name).lower()
-
 def _wide_columns(names):
     "(the column that names the image, label to column), or nothing where a type has none"
-    plain = {_plain(name): name for name in reversed(names)}
+    plain = {plain_name(name): name for name in reversed(names)}
     labels = {label: plain[label] for label in LABELS if label in plain}
-    image = next((plain[name] for name in _image_names if name in plain), names[0])
+    image = next((plain[name] for name in IMAGE_COLUMNS if name in plain), names[0])
     return (image, labels) if set(TYPES) <= set(labels) and image not in labels.values() else ()
 
 _said = {'1': True, '1.0': True, 'true': True, '0': False, '0.0': False, 'false': False}
