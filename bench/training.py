@@ -22,7 +22,8 @@ from ich_fastai.data import hist_bins, make_loader, phantom_run, task_slices
 from ich_fastai.labels import split_patients
 from ich_fastai.models import Net, create_model, precision_on
 from ich_fastai.recipes import Recipe, get_recipe
-from ich_fastai.train import LabelLoss, make_learner
+from ich_fastai.loss import LabelLoss
+from ich_fastai.train import make_learner
 from sides import Table, about, rounds_of, wall, write_page
 
 CORES = os.cpu_count()

@@ -17,8 +17,12 @@ from .labels import *
 from .clean import *
 from .explore import *
 from .page import *
+from .loss import *
 from .data import *
+from .block import *
 from .models import *
+from .learner import *
+from .checkpoints import *
 from .train import *
 from .baselines import *
 from .distributed import *

@@ -17,22 +17,23 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from .core import LABELS, Run, progress
+from .core import LABELS, progress
 from .recipes import Recipe
 from .clean import Store, source_size
-from .data import hist_bins, labelled_slices, make_loader, open_pictures, prediction_frame, training_slices
+from .data import as_data, hist_bins, make_loader, training_slices
 
 # %% ../nbs/24_baselines.ipynb #4ee5f50c
-def _fit_predict(run, recipe, seed, features, classifier): # features: DataFrame by image; classifier: a function that makes one
+def _fit_predict(data, recipe, seed, features, classifier): # features: DataFrame by image; classifier: a function that makes one
     "Learn each label on the recipe's training slices; predictions for all labelled slices"
-    index, labels, split = run.read('index'), run.read('labels'), run.read('split')
-    train = index.index[training_slices(recipe, index, labels, split, seed)]
-    of_all = features.loc[index.index[labelled_slices(index, split)]]
+    images = data.index.index
+    train, of_all = images[_training(data, recipe, seed)], features.loc[images[data.labelled]]
     def one(label):
-        truth = labels.loc[train, label]
+        truth = data.labels.loc[train, label]
         if truth.nunique() < 2: return np.full(len(of_all), truth.mean())
         return classifier().fit(features.loc[train], truth).predict_proba(of_all)[:, 1]
-    return prediction_frame(recipe, index, split, np.column_stack([one(label) for label in recipe.labels]))
+    return data.predictions(recipe, np.column_stack([one(label) for label in recipe.labels]))
+
+def _training(data, recipe, seed): return training_slices(recipe, data.index, data.labels, data.split, seed)
 
 # %% ../nbs/24_baselines.ipynb #c99a92c9
 _ours = ('img_', 'hu_', 'brain_', 'kept', 'z', 'slice_no', 'frame')  # From the pixels, or from other slices
@@ -46,13 +47,14 @@ def header_numbers(
     return numeric.drop(columns=dropped).astype(np.float32)
 
 def metadata_forest(
-    run:Run,
+    run, # The run folder, or its `Data`
     recipe:Recipe, # Its labels and training slices
     seed:int=0,
 )->pd.DataFrame: # Predictions
     "A random forest on the headers alone"
     def forest(): return RandomForestClassifier(200, min_samples_leaf=5, n_jobs=1, random_state=seed)  # 5: a vote of one slice is noise
-    return _fit_predict(run, recipe, seed, header_numbers(run.read('metadata')).fillna(-1e6), forest)
+    data = as_data(run)
+    return _fit_predict(data, recipe, seed, header_numbers(data.run.read('metadata')).fillna(-1e6), forest)
 
 # %% ../nbs/24_baselines.ipynb #a334685c
 def brain_mask(
@@ -84,27 +86,28 @@ def bright_features(
     return pd.DataFrame(dict(bright=np.log1p(counts)), index=store.index.index)
 
 def on_bright_pixels(
-    run:Run,
+    run, # The run folder, or its `Data`
     recipe:Recipe, # Its labels and training slices
     seed:int=0,
 )->pd.DataFrame: # Predictions
     "A logistic regression on the count of bright pixels"
-    return _fit_predict(run, recipe, seed, bright_features(Store(run.images), max(recipe.sizes)), LogisticRegression)
+    data = as_data(run)
+    return _fit_predict(data, recipe, seed, bright_features(data.store, max(recipe.sizes)), LogisticRegression)
 
 # %% ../nbs/24_baselines.ipynb #0c32469a
 def _chunks(positions, n): return np.array_split(positions, max(len(positions)//n, 1))  # Each of n or more, where there are so many
 
 def picture_components(
-    run:Run,
+    run, # The run folder, or its `Data`
     recipe:Recipe, # Its view, first size and training slices
     seed:int=0,
     n:int=200, # Components; fewer where there are fewer training slices
     bs:int=512, # Slices at a time
 )->pd.DataFrame: # float32, n columns by image
     "Where each slice lies along the principal components of the training slices"
-    index, labels, split = run.read('index'), run.read('labels'), run.read('split')
-    store, train, size = Store(run.images), training_slices(recipe, index, labels, split, seed), recipe.sizes[0]
-    bins, pictures = hist_bins(store, train, size=size), open_pictures(run, recipe, store)
+    data, size = as_data(run), recipe.sizes[0]
+    index, train = data.index, _training(data, recipe, seed)
+    bins, pictures = hist_bins(data.store, train, size=size), data.images(recipe)
     def seen(positions): return torch.cat([x.flatten(1).cpu() for x, _ in make_loader(pictures, recipe, bins, positions, size)]).numpy()
     chunks = _chunks(train, bs)
     pca = IncrementalPCA(min(n, min(map(len, chunks))))
@@ -113,13 +116,14 @@ def picture_components(
     return pd.DataFrame(rows.astype(np.float32), index=index.index).add_prefix('pc')
 
 def on_components(
-    run:Run,
+    run, # The run folder, or its `Data`
     recipe:Recipe, # Its kind says which: 'pca_logistic' or 'pca_forest'
     seed:int=0,
 )->pd.DataFrame: # Predictions
     "A logistic regression on the principal components, each of deviation 1, or a random forest on them as they are"
     def logistic(): return make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
     def forest(): return RandomForestClassifier(200, n_jobs=1, random_state=seed)
-    return _fit_predict(run, recipe, seed, picture_components(run, recipe, seed), dict(pca_logistic=logistic, pca_forest=forest)[recipe.kind])
+    data = as_data(run)
+    return _fit_predict(data, recipe, seed, picture_components(data, recipe, seed), dict(pca_logistic=logistic, pca_forest=forest)[recipe.kind])
 
 BASELINES = dict(metadata_forest=metadata_forest, bright_pixels=on_bright_pixels, pca_logistic=on_components, pca_forest=on_components)  # By the recipe's `kind`

@@ -11,12 +11,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+from fastai.basics import get_model
+from fastcore.basics import patch
 from fastcore.script import CliError
 from torch import nn
 
 from .core import versions, write_whole
 from .recipes import Recipe
+from .clean import source_size
+from .learner import HeadLearner
+from .clean import source_size
 from .models import create_model, load_weights, save_weights
+from .learner import HeadLearner
 from .sequence import StudyNet
 
 # %% ../nbs/26_bundle.ipynb #09fec9f6
@@ -67,3 +73,16 @@ def _model(path, recipe, about):
     model = StudyNet(about['n_features'], recipe) if recipe.kind == 'sequence' else create_model(recipe)
     load_weights(model, path/'model.safetensors')
     return model.eval()
+
+# %% ../nbs/26_bundle.ipynb #b9a1de91
+@patch(nm='save_bundle')
+def _save_learner(self:HeadLearner,
+    path, # A folder, made where it is missing
+):
+    "Keep a model that was trained by hand as a bundle"
+    if not self._of_slices: raise CliError('these loaders have no image store behind them, whose view a bundle tells: save the weights with `learn.save`')
+    dls, model = self.dls, get_model(self.model)
+    if {*model.state_dict()} != {*create_model(dls.recipe).state_dict()}:
+        raise CliError(f"a bundle holds the network of a recipe, which this one is not of '{dls.recipe.name}': save the weights with `learn.save`")
+    about = dict(training=dict(n_train=len(dls.train_ds), by_hand=True), store_size=source_size(dls.data.store.sizes, dls.size))
+    save_bundle(path, model, dls.recipe, dls.bins, dls.size, about)

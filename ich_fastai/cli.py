@@ -332,9 +332,10 @@ def _with_sizes(index, run):
 # %% ../nbs/50_cli.ipynb #6e45102c
 def _finder(scale=1., scratch=False, epochs=0, settings=(), named=()):
     "A function from a recipe's name or file to the recipe, changed as the options say; `--set` reaches those that are named, not their parts"
-    from ich_fastai.recipes import concerns, get_recipe, smaller, with_epochs, with_values
+    from ich_fastai.recipes import concerns, finder, get_recipe, smaller, with_epochs, with_values
+    base = finder(*named)
     def find(recipe):
-        one = with_epochs(smaller(get_recipe(recipe), scale, scratch), epochs)
+        one = with_epochs(smaller(base(recipe), scale, scratch, base), epochs)
         mine = [s for s in settings if len(named) == 1 or s.partition('=')[0].strip() in concerns(one.kind)]
         return with_values(one, mine) if recipe in named else one
     for s in settings:

@@ -18,7 +18,7 @@ import matplotlib.pyplot as plt
 from fastcore.script import CliError
 from fastcore.xml import Div, H1, H2, H3, Header, P, Pre, Section, Span, to_xml
 from .core import LABELS, TYPES, Run, check_options, first_process, log, only_one, printable, say, show_progress, write_whole
-from .recipes import Recipe, concerns, get_recipe, read_recipe
+from .recipes import Recipe, concerns, finder, get_recipe, read_recipe
 from .labels import check_patients, subset
 from .clean import Store
 from .explore import PLAIN
@@ -202,10 +202,11 @@ def compare(
     seed:int=0, # Of weights and order, the same for all; the resamples are the same for every seed
     resume:bool=True, # Go on within an interrupted training? What is finished is never done again
     n:int=1000, # Resamples of the patients for the intervals
-    find=get_recipe, # A function from the name of a part to its recipe
+    find=None, # A function from the name of a part to its recipe; `finder(*recipes)` where None
 )->pd.DataFrame: # The leaderboard, as in leaderboard.csv: these recipes, and those that were on it
     "Train each recipe on the same split with the same seed, and rank them"
     from ich_fastai.run import run_recipe
+    find = find or finder(*recipes)
     run, recipes = Run(run), _resolved(recipes)
     check_options(seed=seed)
     check_patients(run.read('split'))

@@ -41,10 +41,12 @@ def _alone():
 def first_of_all(
     fn, # Makes files that the others read
 ):
-    "Run `fn` in the first process, while the others wait"
+    "What `fn` gives in the first process, while the others wait, and None in those"
+    made = None
     if first_process():
-        with _alone(): fn()
+        with _alone(): made = fn()
     if num_distrib() > 1: dist.barrier()
+    return made
 
 # %% ../nbs/25_distributed.ipynb #2069d177
 def gather(

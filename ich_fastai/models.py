@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ARCHS', 'OWN', 'PRECISIONS', 'HEADS', 'weights_file', 'simple_nn', 'deep_cnn', 'create_body_for', 'precision_on',
-           'Float32Linear', 'full_precision', 'Net', 'n_outputs', 'probabilities', 'create_model', 'n_parameters',
-           'n_statistics', 'parameter_groups', 'save_weights', 'load_weights', 'n_features', 'training_cost']
+           'Float32Linear', 'full_precision', 'Net', 'create_model', 'n_parameters', 'n_statistics', 'parameter_groups',
+           'save_weights', 'load_weights', 'n_features', 'training_cost']
 
 # %% ../nbs/22_models.ipynb #62024912
 from contextlib import contextmanager
@@ -28,7 +28,6 @@ from fastai.vision.learner import add_head, create_body, create_head, model_meta
 
 from .core import pick, write_whole
 from .recipes import Recipe, get_recipe
-from .data import n_channels
 
 # %% ../nbs/22_models.ipynb #d80411a8
 _other = ('vit', 'swin', 'maxvit', 'inception', 'googlenet', 'mobilenet_v2', 'mnasnet', 'shufflenet')
@@ -77,16 +76,19 @@ def _own_body(arch, channels, size, pretrained):
 def create_body_for(
     recipe:Recipe,
     pretrained:bool=False, # ImageNet's weights?
+    channels:int=None, # Of the images, where they are not the recipe's
 )->tuple: # (body, how many feature maps it gives)
     "The recipe's network without its head"
     make = _own_body if recipe.arch in OWN else _torchvision_body if recipe.arch in ARCHS else _timm_body
-    body = make(recipe.arch, n_channels(recipe), recipe.sizes[-1], pretrained)
-    return body, {_n_maps(recipe, body, size) for size in {*recipe.sizes}}.pop()
+    channels = channels or recipe.n_channels
+    body = make(recipe.arch, channels, recipe.sizes[-1], pretrained)
+    for size in sorted({*recipe.sizes}): n_maps = _n_maps(recipe, body, channels, size)
+    return body, n_maps
 
 @torch.inference_mode()
-def _n_maps(recipe, body, size):
-    "What comes out of a blank picture, or an error before anything is trained"
-    try: maps = body.eval()(torch.zeros(1, n_channels(recipe), size, size))
+def _n_maps(recipe, body, channels, size):
+    "How many maps come out of a blank image, or an error before anything is trained"
+    try: maps = body.eval()(torch.zeros(1, channels, size, size))
     except (RuntimeError, ValueError, AssertionError) as e:
         raise CliError(f"recipe '{recipe.name}': {recipe.arch} does not take pictures of {size} px ({str(e).splitlines()[0]}): choose other `sizes` or another `arch`") from e
     finally: body.train()
@@ -142,19 +144,6 @@ class Net(nn.Sequential):
         return self._run(lambda x: self[0](x).mean((2, 3)), x)
 
 # %% ../nbs/22_models.ipynb #318e22eb
-def n_outputs(
-    recipe:Recipe,
-)->int:
-    "A logit a label; a single label that stands against none has two"
-    return 2 if recipe.softmax and len(recipe.labels) == 1 else len(recipe.labels)
-
-def probabilities(
-    logits:torch.Tensor, # [..., n_outputs]
-    recipe:Recipe,
-)->torch.Tensor: # [..., k], 0..1
-    "What the logits say of the recipe's labels"
-    return logits.softmax(-1)[..., -len(recipe.labels):] if recipe.softmax else logits.sigmoid()
-
 def _petkov(nf, n_out, p):
     return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(nf, 256), nn.ReLU(), nn.Dropout(p), nn.BatchNorm1d(256), nn.Linear(256, n_out))
 
@@ -169,13 +158,16 @@ HEADS = dict(fastai=lambda nf, n_out, p: create_head(nf, n_out, ps=p), linear=_l
 def create_model(
     recipe, # A name, a `Recipe` or a TOML file
     pretrained:bool=False, # ImageNet's weights in the body?
+    channels:int=None, # Of the images, where they are not the recipe's
+    n_out:int=None, # Outputs, where they are not the recipe's
 )->Net:
     "The recipe's network, an output a label"
     recipe = get_recipe(recipe)
-    body, n_features = create_body_for(recipe, pretrained)
-    head = HEADS[recipe.head](n_features, n_outputs(recipe), recipe.dropout)
+    n_out = n_out or recipe.n_outputs
+    body, n_features = create_body_for(recipe, pretrained, channels)
+    head = HEADS[recipe.head](n_features, n_out, recipe.dropout)
     head[-1].__class__ = Float32Linear  # All of them end in a linear layer; its weights stay as they were drawn
-    model = Net(*add_head(body, n_features, n_outputs(recipe), head=head))
+    model = Net(*add_head(body, n_features, n_out, head=head))
     model.precision = recipe.precision
     return model.to(memory_format=torch.channels_last)
 
@@ -200,10 +192,11 @@ def _three_blocks(body, recipe):
     return nn.Sequential(*layers[:pools[2]])
 
 def parameter_groups(
-    model:Net,
+    model:nn.Module,
     recipe:Recipe,
-)->L: # Two lists of parameters
+)->L: # Two lists of parameters; one of all in a model that is no `Net`
     "What freezing stops, and the rest"
+    if not isinstance(model, Net): return L([L(params(model))])
     first = L(params(_three_blocks(model[0], recipe) if recipe.frozen == 'three_blocks' else model[0]))
     inside = {id(p) for p in first}
     return L(first, L(p for p in model.parameters() if id(p) not in inside))
@@ -232,7 +225,7 @@ def n_features(
     recipe:Recipe, # Of kind 'cnn'
 )->int: # Maps of features before the head
     "How many features a sequence gets from a recipe's network"
-    with torch.device('meta'): return create_model(replace(recipe, pretrained=False)).eval()[0](torch.empty(1, n_channels(recipe), recipe.sizes[-1], recipe.sizes[-1])).shape[1]
+    with torch.device('meta'): return create_model(replace(recipe, pretrained=False)).eval()[0](torch.empty(1, recipe.n_channels, recipe.sizes[-1], recipe.sizes[-1])).shape[1]
 
 def training_cost(
     recipe:Recipe, # Of kind 'cnn'
@@ -240,7 +233,7 @@ def training_cost(
     "What a recipe's network costs"
     with torch.device('meta'): model = create_model(replace(recipe, pretrained=False)).eval()
     def forward(size):
-        with FlopCounterMode(display=False) as counter: nn.Sequential.forward(model, torch.empty(1, n_channels(recipe), size, size, device='meta'))
+        with FlopCounterMode(display=False) as counter: nn.Sequential.forward(model, torch.empty(1, recipe.n_channels, size, size, device='meta'))
         return counter.get_total_flops()
     epochs = [recipe.frozen_epochs + recipe.epochs[0], *recipe.epochs[1:]]
     return n_parameters(model), sum(3*n*forward(size) for size, n in zip(recipe.sizes, epochs))

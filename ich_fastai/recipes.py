@@ -11,13 +11,14 @@ __all__ = ['BUILT', 'recipes', 'khandelwal_resnet18', 'khandelwal_resnet18_scrat
            'qiu_vgg19', 'qiu_pca_logistic', 'qiu_pca_forest', 'qiu_lrcn', 'qiu_attention', 'qiu_ensemble',
            'open_windows', 'open_hu', 'open_balanced', 'open_jpeg', 'open_features', 'open_headers', 'open_sequence',
            'winners_cnn', 'winners_gru', 'demo_resnet18', 'demo_densenet121', 'demo_alexnet', 'Recipe', 'write_recipe',
-           'read_recipe', 'add_recipe', 'get_recipe', 'parts_of', 'concerns', 'changed_recipe', 'smaller',
-           'with_epochs', 'with_values']
+           'read_recipe', 'add_recipe', 'get_recipe', 'parts_of', 'finder', 'concerns', 'changed_recipe', 'smaller',
+           'with_epochs', 'with_values', 'Stage', 'stages']
 
 # %% ../nbs/02_recipes.ipynb #b6e6d4e7
 import re, tomllib
 from dataclasses import dataclass, asdict, fields, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from fastcore.script import CliError
 from .core import LABELS, TYPES, WINDOWS, check_options, pick, printable, write_whole
@@ -58,7 +59,7 @@ class Recipe:
     epochs: tuple = (3,)               # Epochs with everything training, a stage each
     frozen_epochs: int = 0             # Epochs before these with the body frozen but for its BatchNorm
     optimizer: str = 'adam'            # 'adam' or 'adadelta'
-    schedule: str = 'one_cycle'        # 'one_cycle', or 'flat': the same rate, times lr_decay after each epoch
+    schedule: str = 'one_cycle'        # 'one_cycle', 'cosine' (from the rate to 0), or 'flat': the same rate, times lr_decay after each epoch
     lr: float = 1e-3                   # Peak of the first one-cycle; 0 asks the LR finder for its valley
     lr_unfrozen: float = 0.            # Peak of the cycles after unfreezing; 0 means lr
     lr_decay: float = 1.               # For schedule 'flat'
@@ -67,6 +68,13 @@ class Recipe:
     mom: float = 0.9                   # Adam's momentum; a one-cycle moves it from 0.95 to 0.85 and back, as fastai does
     sqr_mom: float = 0.99              # Adam's momentum of the squares, fastai's default; Keras has 0.999
     precision: str = 'auto'            # 'fp32', 'fp16' or 'bf16', by autocast; 'auto' is the fastest that the device has
+    body_lr: float = 1.                # The body's learning rate as a share of the head's: discriminative rates
+    clip: float = 0.                   # Norm that a step's gradient is cut down to; 0 cuts nothing
+    smoothing: float = 0.              # Label smoothing in training: the share of each target that goes to its mean over classes
+    focal: float = 0.                  # Gamma of the focal loss in training, which makes little of what is right already; 0 is cross-entropy
+    ema: float = 0.                    # Decay a step of a moving average of the weights, which then validates and predicts; 0 keeps none
+    best_epoch: bool = False           # End a stage with the weights of its epoch with the lowest validation loss?
+    patience: int = 0                  # Epochs without a lower validation loss that end a stage early; 0 ends none
     # augmentation, on the batch, in training only
     flip: bool = True                  # Left and right, with probability 0.5
     rotate: float = 15.                # Degrees either way, at most
@@ -75,6 +83,7 @@ class Recipe:
     zoom: float = 0.                   # Share of the side cut away, at most
     blur: float = 0.                   # Probability of a Gaussian blur
     # how its probabilities become decisions
+    tta: bool = False                  # Predict from each slice and its mirror image, and take the mean?
     threshold: float = 0.5             # For accuracy_multi
 
     def __post_init__(self):
@@ -86,14 +95,22 @@ class Recipe:
     def task(self)->str: # 'binary' (any alone), 'types' (the five) or 'multilabel' (all six, or others)
         return {('any',): 'binary', TYPES: 'types'}.get(self.labels, 'multilabel')
 
+    @property
+    def n_channels(self)->int: # Of what its network sees
+        return dict(hist=1, windows=len(self.windows), neighbors=3, jpeg=3)[self.view]
+
+    @property
+    def n_outputs(self)->int: # A logit a label; a single label that stands against none has two
+        return 2 if self.softmax and len(self.labels) == 1 else len(self.labels)
+
 # %% ../nbs/02_recipes.ipynb #e83828f4
 BUILT = 'cnn', 'sequence', 'two_step', 'ensemble'  # Kinds with a bundle; the others are baselines
 _choices = dict(kind=(*BUILT, 'metadata_forest', 'bright_pixels', 'pca_logistic', 'pca_forest'),
                 slices=('all', 'bleeding'), view=('hist', 'windows', 'neighbors', 'jpeg'), head=('fastai', 'linear', 'petkov', 'qiu'),
                 frozen=('', 'body', 'three_blocks'), reader=('lstm', 'gru', 'attention', 'none'), optimizer=('adam', 'adadelta'),
-                schedule=('one_cycle', 'flat'), precision=('auto', 'fp32', 'fp16', 'bf16'))
+                schedule=('one_cycle', 'cosine', 'flat'), precision=('auto', 'fp32', 'fp16', 'bf16'))
 _limits = dict(min_types=(1, 5), eps=(1e-12, 1), mom=(0, 0.9999), sqr_mom=(0, 0.99999), dropout=(0, 0.99), units=(1, 10_000), layers=(1, 100), frozen_epochs=(0, 10_000), lr=(0, 1e38), lr_unfrozen=(0, 1e38),
-               lr_decay=(0, 1), wd=(0, 100), negatives=(0, 1e6), rotate=(0, 180), shift=(0, 1), shear=(0, 1), zoom=(0, 0.9), blur=(0, 1), threshold=(0, 1))
+               lr_decay=(0, 1), body_lr=(0, 1), clip=(0, 1e6), smoothing=(0, 0.99), focal=(0, 100), ema=(0, 0.99999), patience=(0, 10_000), wd=(0, 100), negatives=(0, 1e6), rotate=(0, 180), shift=(0, 1), shear=(0, 1), zoom=(0, 0.9), blur=(0, 1), threshold=(0, 1))
 _of_each = dict(sizes=(64, 4096), batch_sizes=(2, 100_000), epochs=(1, 10_000), dense=(1, 10_000))  # BatchNorm compares the slices of a batch, so it wants two
 
 def _is(x, kind): return isinstance(x, (int, float) if kind is float else kind) and (kind is bool or not isinstance(x, bool))
@@ -117,7 +134,7 @@ def _check(r):
     need(r.view != 'jpeg' or len(r.windows) == 3 and set(r.windows) <= set(WINDOWS), f"windows must be three of {', '.join(WINDOWS)} for view 'jpeg', a color each, not {r.windows!r}")
     for key, (low, high) in _of_each.items(): need(all(_is(v, int) and low <= v <= high for v in getattr(r, key)), f'{key} must be whole numbers from {low} to {high}, not {getattr(r, key)!r}')
     need(r.arch not in ('simple_nn', 'deep_cnn') or len(set(r.sizes)) == 1, f'sizes must be alike for {r.arch}, whose dense layer counts the pixels, not {r.sizes!r}')
-    need(r.schedule != 'flat' or r.lr > 0, "lr must be above 0 for schedule 'flat', as the LR finder belongs to one-cycle")
+    need(r.schedule == 'one_cycle' or r.lr > 0, f"lr must be above 0 for schedule '{r.schedule}', as the LR finder belongs to one-cycle")
     few, many, called = dict(sequence=(1, 1, 'one recipe'), two_step=(2, 2, 'two recipes'), ensemble=(2, 1000, 'two recipes or more')).get(r.kind, (0, 0, 'no recipe'))
     need(few <= len(r.parts) <= many and all(_is(p, str) for p in r.parts), f"parts must name {called} for kind '{r.kind}', not {r.parts!r}")
     need(len(set(r.parts)) == len(r.parts), f'parts must name each recipe once, not {r.parts!r}')
@@ -355,9 +372,24 @@ def parts_of(
         need({*recipe.labels} <= {*said}, f"labels must be among those of its parts ({', '.join(said)})")
     return parts
 
+# %% ../nbs/02_recipes.ipynb #255f31d7
+def finder(
+    *recipes, # Names, `Recipe`s or TOML files that belong together
+): # A function from the name of a part to its recipe
+    "Where the parts of these recipes are found: among them, beside their TOML files, then on the list"
+    files = [Path(recipe) for recipe in recipes if not isinstance(recipe, Recipe) and str(recipe).endswith('.toml')]
+    passed = {recipe.name: recipe for recipe in map(get_recipe, recipes)}
+    folders = dict.fromkeys(path.parent for path in files)
+    def find(name):
+        if name in passed: return passed[name]
+        beside = [folder/f'{name}.toml' for folder in folders if (folder/f'{name}.toml').is_file()]
+        return get_recipe(beside[0] if beside else name)
+    return find
+
 # %% ../nbs/02_recipes.ipynb #efb86df9
 _of_any = 'name', 'source', 'kind', 'labels', 'threshold'
-_of_training = ('batch_sizes', 'epochs', 'frozen_epochs', 'optimizer', 'schedule', 'lr', 'lr_unfrozen', 'lr_decay', 'wd', 'eps', 'mom', 'sqr_mom', 'precision')
+_of_training = ('batch_sizes', 'epochs', 'frozen_epochs', 'optimizer', 'schedule', 'lr', 'lr_unfrozen', 'lr_decay', 'wd', 'eps', 'mom', 'sqr_mom', 'precision',
+                'clip', 'smoothing', 'focal', 'ema', 'best_epoch', 'patience')
 _of_slices = 'slices', 'min_types', 'negatives'
 _of_sequences = ('parts', 'reader', 'units', 'layers', 'dense', 'dropout', 'softmax', 'differences', 'headers', 'both_orders')
 
@@ -436,3 +468,29 @@ def with_values(
         values[field.name] = tuple(value) if isinstance(value, list) else float(value) if field.type is float and isinstance(value, int) and not isinstance(value, bool) else value
     ending = ''.join(f"-{key}_{re.sub(r'[^A-Za-z0-9]+', '_', str(value)).strip('_')}" for key, value in values.items())
     return changed_recipe(recipe, ending, **values)
+
+# %% ../nbs/02_recipes.ipynb #2aaf3014
+class Stage(NamedTuple):
+    "One part of a training: a one-cycle, a cosine, or epochs at a rate that only decays"
+    number: int
+    size: int # Pixels
+    bs: int # Slices a step
+    epochs: int
+    frozen: bool
+    lr: float # Peak, of the head
+    schedule: str = 'one_cycle'
+    decay: float = 1. # Factor of the rate from epoch to epoch, for 'flat'
+    body_lr: float = 1. # The body's rate as a share of the head's
+
+def stages(
+    recipe:Recipe,
+    suggested:float=1e-3, # The LR finder's, where the recipe leaves the rate to it
+)->list:
+    "The recipe as a list of stages"
+    frozen = [bool(recipe.frozen)]*len(recipe.sizes)
+    rows = list(zip(recipe.sizes, recipe.batch_sizes, recipe.epochs, frozen))
+    if recipe.frozen_epochs: rows.insert(0, (recipe.sizes[0], recipe.batch_sizes[0], recipe.frozen_epochs, True))
+    first = recipe.lr or suggested
+    rates = [first] + [recipe.lr_unfrozen or first]*(len(rows) - 1)
+    how = recipe.schedule, recipe.lr_decay, recipe.body_lr
+    return [Stage(i, *row, lr, *how) for i, (row, lr) in enumerate(zip(rows, rates))]

@@ -21,11 +21,13 @@ from fastcore.script import CliError
 from fastai.basics import default_device, get_model, num_distrib, replacing_yield, set_seed
 
 from .core import LABELS, Run, give_back_memory, hardware, log, only_one, pick, sweep, versions, write_whole
-from .recipes import Recipe, get_recipe, parts_of, read_recipe, write_recipe
-from .clean import Store, source_size
-from .data import labelled_slices, make_dls, make_loader, open_pictures, prediction_frame, training_slices
+from .recipes import Recipe, finder, get_recipe, parts_of, read_recipe, write_recipe
+from .clean import source_size
+from .data import as_data, make_dls, make_loader, training_slices
 from .models import n_features, n_parameters, precision_on, training_cost
-from .train import changed, depends_on, find_lr, fingerprint, learner_for, make_learner, memory_errors, predict, same_data, train_stages
+from .checkpoints import changed, depends_on, fingerprint, same_data
+from .learner import find_lr, learner_for, make_learner, memory_errors, predict
+from .train import train_stages
 from .baselines import BASELINES, header_numbers
 from .sequence import StudyNet, cnn_features, series_dls, series_loader, series_of, with_headers
 from .distributed import first_of_all, gather, join_processes, share, shared
@@ -49,12 +51,14 @@ def _open_folder(folder, asked, recipe, resume):
         else: path.unlink(missing_ok=True)
     write_recipe(recipe, kept)
 
-def _learned_from(run, store, chosen): # What the result says about the training data
-    rows = run.read('labels').loc[store.index.index[chosen]]
-    return dict(n_train=len(rows), n_train_positive=int(rows['any'].sum()), n_train_patients=int(store.index['PatientID'].iloc[chosen].nunique()),
+def _learned_from(data, chosen):
+    "What the result says about the training slices at some positions"
+    rows = data.labels.loc[data.index.index[chosen]]
+    patients = data.index['PatientID'].iloc[chosen].nunique()
+    return dict(n_train=len(rows), n_train_positive=int(rows['any'].sum()), n_train_patients=int(patients),
                 n_train_by_label={label: int(rows[label].sum()) for label in LABELS})
 
-def _training_facts(run, recipe, store, seed): return _learned_from(run, store, training_slices(recipe, store.index, run.read('labels'), run.read('split'), seed))
+def _training_facts(data, recipe, seed): return _learned_from(data, training_slices(recipe, data.index, data.labels, data.split, seed))
 
 # %% ../nbs/27_run.ipynb #1cca483b
 def check_tracker(
@@ -81,14 +85,15 @@ def _wandb(folder, recipe):
 
 TRACKERS = dict(tensorboard=_tensorboard, wandb=_wandb)
 
-def _train(learn, run, recipe, seed, minutes, track, loaders=make_dls, parts=()):
+def _train(learn, data, recipe, seed, minutes, track, loaders=make_dls, parts=()):
     "The LR finder and the recipe's stages"
-    folder = run.model(recipe.name, seed)
+    folder = data.run.model(recipe.name, seed)
     with ExitStack() as quiet:
         quiet.enter_context(learn.no_logging())
         quiet.enter_context(learn.no_bar())  # Ours are in `train_stages`
         if recipe.schedule == 'one_cycle': first_of_all(lambda: _find_lr(learn, folder/'lr_find.csv', recipe))
-        with shared(learn): train_stages(learn, run, recipe, seed, _suggested(folder), minutes, loaders, TRACKERS[track](folder, recipe) if track else [], parts)
+        cbs = TRACKERS[track](folder, recipe) if track else []
+        with shared(learn): train_stages(learn, data, recipe, seed, _suggested(folder), minutes, loaders, cbs, parts)
 
 def _predict(learn, recipe, dl):
     "Probabilities, and how fast they came"
@@ -150,90 +155,93 @@ COMBINERS = dict(two_step=two_step, ensemble=ensemble)
 
 # %% ../nbs/27_run.ipynb #60d0b519
 def run_recipe(
-    run, # A run folder with metadata, labels, split and image store
+    run, # A run folder with metadata, labels, split and image store, or its `Data`
     recipe, # A name, a `Recipe` or a TOML file
     seed:int=0, # Of weights, order, augmentation and drawn negatives
     resume:bool=False, # Go on from the last checkpoint of a run that was broken off
     minutes:float=10., # Between two checkpoints within an epoch
-    find=get_recipe, # A function from the name of a part to its recipe
+    find=None, # A function from the name of a part to its recipe; `finder(recipe)` where None
     track:str='', # 'tensorboard' or 'wandb': losses and metrics go there too
 )->pd.DataFrame: # Predictions by image: all labelled slices
     "Run a recipe, or read back what it gave, with everything written to `models/<recipe>/<seed>/`"
-    run, asked = Run(run), get_recipe(recipe)
+    source, run, asked, find = run, Run(run), get_recipe(recipe), find or finder(recipe)
     recipe, parts = _for_this_device(asked), parts_of(asked, find)
-    folder = run.model(recipe.name, seed)
+    folder, made = run.model(recipe.name, seed), None
     if track: check_tracker(track)
     join_processes()
     with only_one(folder, 'wait until it ends'):
         first_of_all(lambda: _open_folder(folder, asked, recipe, resume))
         if not (folder/'predictions.parquet').exists():
             if recipe != asked: log.warning('%s: a CPU takes thirty times as long in fp16 as in fp32, so it trains in %s', recipe.name, precision_on('cpu'))
-            _make(run, recipe, seed, resume, minutes, parts, find, track)
+            made = _make(as_data(source), recipe, seed, resume, minutes, parts, find, track)
             give_back_memory()  # A comparison goes on to the next recipe, often of another size
-    return kept_predictions(run, recipe, seed)
+    return kept_predictions(run, recipe, seed) if made is None else made
 
 def _for_this_device(recipe):
     "The recipe in a precision that the device is made for"
     return replace(recipe, precision='auto') if recipe.precision == 'fp16' and default_device().type == 'cpu' else recipe
 
-def _make(run, recipe, seed, resume, minutes, parts, find, track):
-    store = Store(run.images)
-    run.need('labels', 'split')
-    for one in (recipe, *parts): _check_sizes(store, one)
-    of_parts = [run_recipe(run, part, seed, resume, minutes, find, track) for part in parts]
-    folders = [run.model(part.name, seed) for part in parts]
+def _make(data, recipe, seed, resume, minutes, parts, find, track):
+    "Predictions in the first process, None in others"
+    for one in (recipe, *parts): _check_sizes(data.store, one)
+    of_parts = [run_recipe(data, part, seed, resume, minutes, find, track) for part in parts]
+    folders = [data.run.model(part.name, seed) for part in parts]
     set_seed(seed)
-    if recipe.kind == 'cnn': _run_cnn(run, recipe, seed, minutes, track)
-    elif recipe.kind == 'sequence': first_of_all(lambda: _run_sequence(run, recipe, seed, minutes, *folders, track))
-    elif recipe.kind in COMBINERS: first_of_all(lambda: _run_combined(run, recipe, seed, of_parts, folders))
-    else: first_of_all(lambda: _run_baseline(run, recipe, seed))
+    if recipe.kind == 'cnn': return _run_cnn(data, recipe, seed, minutes, track)
+    if recipe.kind == 'sequence': return first_of_all(lambda: _run_sequence(data, recipe, seed, minutes, *folders, track))
+    if recipe.kind in COMBINERS: return first_of_all(lambda: _run_combined(data, recipe, seed, of_parts, folders))
+    return first_of_all(lambda: _run_baseline(data, recipe, seed))
 
-def _run_cnn(run, recipe, seed, minutes, track):
-    first_of_all(lambda: open_pictures(run, recipe, Store(run.images)))  # JPEG files are written by one process
-    learn = make_learner(run, recipe, seed)
-    _train(learn, run, recipe, seed, minutes, track)
-    dl = make_loader(learn.dls.store, recipe, learn.dls.bins, labelled_slices(learn.dls.store.index, run.read('split')), recipe.sizes[-1], recipe.batch_sizes[-1])
-    probabilities, facts = _predict(learn, recipe, dl)
+def _run_cnn(data, recipe, seed, minutes, track):
+    first_of_all(lambda: data.images(recipe))  # JPEG files are written by one process
+    learn = make_learner(data, recipe, seed)
+    _train(learn, data, recipe, seed, minutes, track)
+    store, bins, size = learn.dls.store, learn.dls.bins, recipe.sizes[-1]
+    probabilities, facts = _predict(learn, recipe, make_loader(store, recipe, bins, data.labelled, size, recipe.batch_sizes[-1]))
     def write():
-        store, bins, folder = learn.dls.store, learn.dls.bins, run.model(recipe.name, seed)
-        learned = _training_facts(run, recipe, store, seed)
-        save_bundle(folder/'bundle', learn.model, recipe, bins, recipe.sizes[-1], dict(training=learned, store_size=source_size(store.sizes, max(recipe.sizes))))
-        predictions = prediction_frame(recipe, store.index, run.read('split'), probabilities)
-        _write_result(run, recipe, seed, {**_network_facts(recipe, learn, folder, recipe.pretrained), **facts, **learned}, predictions)
-    first_of_all(write)
+        folder, learned = data.run.model(recipe.name, seed), _training_facts(data, recipe, seed)
+        about = dict(training=learned, store_size=source_size(store.sizes, max(recipe.sizes)))
+        save_bundle(folder/'bundle', learn.model, recipe, bins, size, about)
+        facts.update(_network_facts(recipe, learn, folder, recipe.pretrained), **learned)
+        return _write_result(data, recipe, seed, facts, data.predictions(recipe, probabilities))
+    return first_of_all(write)
 
-def _run_sequence(run, recipe, seed, minutes, cnn_folder, track):
-    folder, cnn, store = run.model(recipe.name, seed), load_bundle(cnn_folder/'bundle'), Store(run.images)
-    with only_one(cnn_folder, 'wait until it ends'): features = cnn_features(cnn_folder, cnn, open_pictures(run, cnn.recipe, store))
-    headers = header_numbers(run.read('metadata')).reindex(store.index.index) if recipe.headers else pd.DataFrame(index=store.index.index)
-    if recipe.headers: features = with_headers(features, headers)
+def _run_sequence(data, recipe, seed, minutes, cnn_folder, track):
+    folder, cnn, index = data.run.model(recipe.name, seed), load_bundle(cnn_folder/'bundle'), data.index
+    with only_one(cnn_folder, 'wait until it ends'): features = cnn_features(cnn_folder, cnn, data.images(cnn.recipe))
+    headers = pd.DataFrame(index=index.index)
+    if recipe.headers:
+        headers = header_numbers(data.run.read('metadata')).reindex(index.index)
+        features = with_headers(features, headers)
     loaders = partial(series_dls, features=features)
-    dls, model = loaders(run, recipe, seed=seed), StudyNet(features.width, recipe)
+    dls, model = loaders(data, recipe, seed=seed), StudyNet(features.width, recipe)
     model.standardize(features, dls.positions)
     learn = learner_for(dls, model, recipe, folder, lambda model: [list(model.parameters())])
-    _train(learn, run, recipe, seed, minutes, track, loaders, [cnn_folder])
-    series = series_of(store.index, labelled_slices(store.index, run.read('split')))
+    _train(learn, data, recipe, seed, minutes, track, loaders, [cnn_folder])
+    series = series_of(index, data.labelled)
     probabilities, facts = _predict(learn, recipe, series_loader(features, series, None, recipe.batch_sizes[-1], len(recipe.labels)))
-    learned = _learned_from(run, store, dls.positions)
+    learned = _learned_from(data, dls.positions)
     about = dict(training=learned, store_size=cnn.extra['store_size'], n_features=features.width, headers=list(headers))
     save_bundle(folder/'bundle', learn.model, recipe, cnn.bins, cnn.size, about, [cnn_folder/'bundle'])
-    predictions = prediction_frame(recipe, store.index, run.read('split'), probabilities)
-    _write_result(run, recipe, seed, {**_network_facts(recipe, learn, folder, cnn.recipe.pretrained), **facts, **learned}, predictions, [cnn_folder])
+    facts.update(_network_facts(recipe, learn, folder, cnn.recipe.pretrained), **learned)
+    return _write_result(data, recipe, seed, facts, data.predictions(recipe, probabilities), [cnn_folder])
 
-def _run_combined(run, recipe, seed, of_parts, folders):
-    folder, told = run.model(recipe.name, seed), of_parts[0].copy()
+def _run_combined(data, recipe, seed, of_parts, folders):
+    folder, told = data.run.model(recipe.name, seed), of_parts[0].copy()
     told[list(LABELS)] = COMBINERS[recipe.kind](*[p[list(LABELS)] for p in of_parts])
     results = [json.loads((f/'result.json').read_text()) for f in folders]
     bundles = [load_bundle(f/'bundle') for f in folders]
     facts = {key: sum(r[key] for r in results) for key in ('parameters', 'seconds')}
-    save_bundle(folder/'bundle', None, recipe, [], max(b.size for b in bundles), dict(store_size=max(b.extra['store_size'] for b in bundles)), parts=[f/'bundle' for f in folders])
-    _write_result(run, recipe, seed, dict(parts=[r['name'] for r in results], device=results[0]['device'], **facts), told, folders)
+    about = dict(store_size=max(b.extra['store_size'] for b in bundles))
+    save_bundle(folder/'bundle', None, recipe, [], max(b.size for b in bundles), about, parts=[f/'bundle' for f in folders])
+    facts = dict(parts=[r['name'] for r in results], device=results[0]['device'], **facts)
+    return _write_result(data, recipe, seed, facts, told, folders)
 
-def _run_baseline(run, recipe, seed):
+def _run_baseline(data, recipe, seed):
     start = perf_counter()
-    predictions = BASELINES[recipe.kind](run, recipe, seed)
-    facts = dict(seconds=perf_counter() - start, device='cpu', **_training_facts(run, recipe, Store(run.images), seed))
-    _write_result(run, recipe, seed, facts, predictions)
+    predictions = BASELINES[recipe.kind](data, recipe, seed)
+    facts = dict(seconds=perf_counter() - start, device='cpu', **_training_facts(data, recipe, seed))
+    return _write_result(data, recipe, seed, facts, predictions)
 
 def kept_predictions(
     run:Run,
@@ -253,11 +261,13 @@ def _check_sizes(store, recipe):
         size = next(64*2**i for i in range(9) if 64*2**i >= wanted)
         raise CliError(f"recipe '{recipe.name}' wants {wanted} px, the store has {largest} at most: run `ich-clean` with `--size {size}`")
 
-def _write_result(run, recipe, seed, facts, predictions, parts=()):
-    folder = run.model(recipe.name, seed)
-    result = dict(name=recipe.name, seed=seed, task=recipe.task, kind=recipe.kind, **facts, marks=fingerprint(run, recipe, seed, parts), versions=versions(), hardware=hardware())
+def _write_result(data, recipe, seed, facts, predictions, parts=()):
+    "The predictions, written with what is to be known of them"
+    folder, marks = data.run.model(recipe.name, seed), fingerprint(data, recipe, seed, parts)
+    result = dict(name=recipe.name, seed=seed, task=recipe.task, kind=recipe.kind, **facts, marks=marks, versions=versions(), hardware=hardware())
     with write_whole(folder/'result.json') as part: part.write_text(json.dumps(result, indent=1))
     with write_whole(folder/'predictions.parquet') as part: predictions.to_parquet(part)
+    return predictions
 
 # %% ../nbs/27_run.ipynb #f2f6767a
 CPU_FLOPS = 3e11  # Operations a second of two cores in training, roughly

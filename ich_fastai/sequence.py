@@ -24,8 +24,8 @@ from fastai.torch_core import TensorMultiCategory
 from .core import Run, progress, sweep, write_whole
 from .recipes import Recipe
 from .series import series_codes
-from .data import Draws, SliceLoader, make_loader
-from .models import full_precision, n_outputs
+from .data import Draws, SliceLoader, as_data, make_loader
+from .models import full_precision
 
 # %% ../nbs/25_sequence.ipynb #08ff4cd2
 SLICES_A_FILE = 4096
@@ -102,6 +102,7 @@ class Series:
     ): self.features, self.series, self.targets, self.draws, self.split_idx = features, series, targets, draws, int(draws is None)
 
     def __len__(self): return len(self.series)
+    def begin(self, epoch): return self.draws and self.draws.begin(epoch, len(self))
 
     def batch(self,
         which, # Numbers of series
@@ -134,11 +135,9 @@ def series_loader(
 )->SeriesLoader:
     "A loader over series: for training where `seed` is given, otherwise in order, for prediction"
     if targets is None: targets = np.zeros((len(features), k))
-    draws = Draws(len(series), seed) if seed is not None else None
+    draws = Draws(seed) if seed is not None else None
     items = Series(features, series, torch.tensor(targets, dtype=torch.float32), draws)
-    dl = SeriesLoader(items, bs=bs, shuffle=draws is not None, num_workers=0, device=torch.device(device or default_device()))
-    dl.fake_l.generator = torch.Generator()  # As in `make_loader`
-    return dl
+    return SeriesLoader(items, bs=bs, shuffle=draws is not None, device=torch.device(device or default_device()))
 
 # %% ../nbs/25_sequence.ipynb #1671d6f8
 def _reversed(x, lengths): # [b, t, d], each series from its last slice to its first; the padding stays
@@ -216,7 +215,7 @@ class StudyNet(nn.Module):
         for units in recipe.dense:
             layers += [nn.Linear(n, units), SliceNorm(units), nn.ReLU(), nn.Dropout(recipe.dropout)]
             n = units
-        self.dense = nn.Sequential(*layers, nn.Linear(n, n_outputs(recipe)))
+        self.dense = nn.Sequential(*layers, nn.Linear(n, recipe.n_outputs))
 
     def standardize(self,
         features:Features,
@@ -247,7 +246,7 @@ class StudyNet(nn.Module):
 
 # %% ../nbs/25_sequence.ipynb #f6c2e8f4
 def series_dls(
-    run:Run,
+    run, # The run folder, or its `Data`
     recipe:Recipe, # Of kind 'sequence'
     size:int=None, # Pixels of the CNN; not needed here
     bs:int=None, # Series in a batch; the recipe's first where None
@@ -257,13 +256,13 @@ def series_dls(
     device=None, # fastai's default where None
 )->DataLoaders: # With `positions`, the training slices
     "The recipe's training and validation series as fastai DataLoaders"
-    index, labels, split = run.read('index'), run.read('labels'), run.read('split')
-    targets = labels[list(recipe.labels)].reindex(index.index, fill_value=False).to_numpy()
-    sides = split['split'].reindex(index.index)
+    data = as_data(run)
+    sides = data.split['split'].reindex(data.index.index)
     train, valid = (np.flatnonzero(sides == side) for side in ('train', 'valid'))
     for name, side in ('training', train), ('validation', valid):
-        if not len(side): raise CliError(f"recipe '{recipe.name}' finds no {name} series in {run.path}: give it more data")
-    loaders = [series_loader(features, series_of(index, side), targets, bs or recipe.batch_sizes[0], seed=s, device=device) for side, s in ((train, seed + 1000*stage), (valid, None))]
-    dls = DataLoaders(*loaders, path=run.path, device=device or default_device())
+        if not len(side): raise CliError(f"recipe '{recipe.name}' finds no {name} series in {data.path}: give it more data")
+    def loader(side, seed):
+        return series_loader(features, series_of(data.index, side), data.targets(recipe), bs or recipe.batch_sizes[0], seed=seed, device=device)
+    dls = DataLoaders(loader(train, seed + 1000*stage), loader(valid, None), path=data.path, device=device or default_device())
     dls.positions = train
     return dls
