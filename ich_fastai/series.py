@@ -10,6 +10,7 @@ __all__ = ['PLANES', 'BONE', 'BRAIN', 'CLOSED', 'HEAD_AREA', 'TALL', 'FIRST_LOOK
 
 # %% ../nbs/10b_series.ipynb #ea0a4770
 import re
+from functools import reduce
 from typing import NamedTuple
 
 import numpy as np
@@ -184,23 +185,11 @@ CLOSED = .7  # Share of the directions; an infant with open sutures has .8 to .9
 HEAD_AREA = 20  # cm²; a spinal canal has 3, the smallest newborn's brain 40 at its widest
 _angles = np.linspace(0, 2*np.pi, 72, endpoint=False)
 
-def _grid(image, block):
-    "An image as bands of rows, and the shape that cuts these into blocks"
-    rows, columns = (n//block for n in image.shape)
-    return image[:rows*block, :columns*block].reshape(rows, block, columns*block), (rows, columns, block)
-
-def _walls(image, bone, block):
-    "Blocks with bone in them; of a large image four pixels count together, since noise alone has bone's HU in some"
-    if block >= 4:
-        rows, columns = (n//2*2 for n in image.shape)
-        pairs = image[:rows:2, :columns].astype(np.int32) + image[1:rows:2, :columns]
-        image, block, bone = pairs[:, ::2] + pairs[:, 1::2], block//2, 4*bone
-    bands, shape = _grid(image, block)
-    return bands.max(1).reshape(shape).max(2) >= bone
-
-def _means(image, block):
-    bands, shape = _grid(image, block)
-    return bands.sum(1, dtype=np.float32).reshape(shape).sum(2)/block**2
+def _by_blocks(ufunc, image, block):
+    "`ufunc` over the pixels of each whole block"
+    rows, columns = (n//block*block for n in image.shape)
+    bands = reduce(ufunc, [image[i:rows:block] for i in range(block)])
+    return reduce(ufunc, [bands[:, i:columns:block] for i in range(block)])
 
 def _middle(soft):
     "The block that is deepest within the soft ones"
@@ -243,8 +232,12 @@ def in_blocks(
     bone:float=BONE, # HU from which on a pixel is bone
 )->Blocks:
     "Where there is bone, and the mean of each block"
-    size = max(min(image.shape)//128*2, 1)
-    return Blocks(_walls(image, bone, size), _means(image, size), size, image.shape[1])
+    size, side = max(min(image.shape)//128*2, 1), 1
+    pixels = image.astype(np.float32)  # Sums of HU are below 2**24, so exact
+    if size >= 4:  # Of a large image four pixels count together, since noise alone has bone's HU in some
+        pixels, side = _by_blocks(np.add, pixels, 2), 2
+    walls = _by_blocks(np.maximum, pixels, size//side) >= side**2*bone
+    return Blocks(walls, _by_blocks(np.add, pixels, size//side)/size**2, size, image.shape[1])
 
 def sight_of(
     blocks:Blocks,
