@@ -477,9 +477,9 @@ def turned(
     orientation, # ImageOrientationPatient: the direction along a row, then the one down a column
 )->np.ndarray: # A view
     "The slice with the face at the top and the patient's right at the left"
-    along, down = np.asarray(orientation[:3], float), np.asarray(orientation[3:], float)
-    if np.abs(np.cross(along, down)).argmax() != 2: return image  # Not axial
-    if abs(along[1]) > abs(along[0]): image, along, down = image.T, down, along
+    (x, y, z), (a, b, c) = along, down = orientation[:3], orientation[3:]
+    if abs(x*b - y*a) <= max(abs(y*c - z*b), abs(z*a - x*c)): return image  # Not axial
+    if abs(y) > abs(x): image, along, down = image.T, down, along
     return image[::-1 if down[1] < 0 else 1, ::-1 if along[0] < 0 else 1]
 
 def squared(

@@ -199,7 +199,9 @@ def _read_part(part, kinds):
     "Columns of a lot, `kinds` being name to type; missing values for those that it lacks"
     fields = [i for i, name in enumerate(_part_schema(part).names) if name in kinds or name == 'fname']
     table = part.select(fields) if isinstance(part, pa.Table) else _read_fields(part, fields)
-    return pa.table({name: _as(table[name], kind) if name in table.column_names else pa.nulls(len(table), kind) for name, kind in kinds.items()})
+    there = dict(zip(table.column_names, table.columns))
+    def column(name, kind): return _as(there[name], kind) if name in there else pa.nulls(len(table), kind)
+    return pa.table({name: column(name, kind) for name, kind in kinds.items()})
 
 def _read_keys(part):
     "What the second pass needs of a lot; `begins` marks the first row of each file"
@@ -226,10 +228,10 @@ def _ranks(column):
 
 def _key_frame(keys, rows):
     "Keys at some rows, for `head_order`: texts as numbers that sort as they do"
-    frame = pd.DataFrame({k: keys[k].to_numpy()[rows] for k in _key_numbers})
+    numbers = {k: keys[k].to_numpy()[rows] for k in _key_numbers}
     texts = {k: _ranks(keys[k])[rows] for k in ('StudyInstanceUID', 'SeriesInstanceUID', 'PatientID')}
     known = keys['PatientID'].is_valid().to_numpy()[rows]
-    return frame.assign(**texts | dict(PatientID=np.where(known, texts['PatientID'], np.nan)))
+    return pd.DataFrame(numbers | texts | dict(PatientID=np.where(known, texts['PatientID'], np.nan)))
 
 def _with_order_notes(table):
     "The order's notes behind those of the file"
@@ -292,14 +294,15 @@ def _named(series, uids, salt):
 def _used(parts, rows, frame, series=(), salt=None, **reading):
     "`use`, `not_used` and `brain_cm2` of each slice"
     stack, stacks, middle = find_stacks(frame)
-    texts = _gather(parts, _stack_texts, rows[stacks['first'].to_numpy()]).to_pandas()
-    series = _named(series, texts.SeriesInstanceUID, salt)
+    texts = _gather(parts, _stack_texts, rows[stacks['first'].to_numpy()])
+    uids = texts['SeriesInstanceUID'].to_pylist()
+    series = _named(series, uids, salt)
     sights = _sights(parts, rows, stack, stacks, **reading)
-    facts = series_facts(texts) if stacks.study.duplicated().any() else None  # Which matter where there is a choice
-    stacks = stacks.join(facts) if facts is not None else stacks
-    stacks = stacks.assign(no_head=no_head(sights, stack), uid=texts.SeriesInstanceUID)
-    why = slices_in_use(stack, choose(stacks, series), middle, sights.brain.to_numpy())
-    return dict(use=why == '', not_used=why, brain_cm2=sights.brain.to_numpy())
+    if stacks.study.duplicated().any(): stacks = stacks.join(series_facts(texts.to_pandas()))  # Where there is a choice
+    why = choose(stacks.assign(no_head=no_head(sights, stack), uid=uids), series)
+    area = sights.brain.to_numpy()
+    why = slices_in_use(stack, why, middle, area)
+    return dict(use=why == '', not_used=why, brain_cm2=area)
 
 # %% ../nbs/11_metadata.ipynb #268a38d3
 ROW_GROUP = 8192  # Rows in memory at a time
@@ -397,7 +400,9 @@ def _plan_frames(parts, salt=None, **choice):
     frame = _key_frame(keys, rows)
     order, found = head_order(frame)
     rows, frame = rows[order], frame.iloc[order].reset_index(drop=True)
-    found = found.rename(columns=dict(notes='order_notes')).assign(kept=frame.img_pct_window >= MIN_BRAIN, **_used(parts, rows, frame, salt=salt, **choice))
+    used = _used(parts, rows, frame, salt=salt, **choice)
+    kept = frame.img_pct_window >= MIN_BRAIN
+    found = pd.DataFrame(dict(z=found.z, order_notes=found.notes, slice_no=found.slice_no, kept=kept, **used))
     hide = partial(_hide_keys, salt=salt) if salt else lambda table: table
     def mend(table): return hide(_with_order_notes(table))
     return (_error_columns, errors, 'fname', _explain), (_column_types(parts), rows, 'image', mend, pa.table(found))

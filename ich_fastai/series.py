@@ -10,6 +10,7 @@ __all__ = ['PLANES', 'BONE', 'BRAIN', 'CLOSED', 'HEAD_AREA', 'TALL', 'FIRST_LOOK
 
 # %% ../nbs/10b_series.ipynb #ea0a4770
 import re
+from functools import reduce
 from typing import NamedTuple
 
 import numpy as np
@@ -21,10 +22,60 @@ from .core import printable
 def _vector_names(key, n): return [f'{key}{i or ""}' for i in range(n)]
 _orientation, _position = _vector_names('ImageOrientationPatient', 6), _vector_names('ImagePositionPatient', 3)
 
+def _number(frame, name):
+    if name not in frame: return np.full(len(frame), np.nan)
+    column = frame[name]
+    return (column if column.dtype == np.float64 else pd.to_numeric(column, errors='coerce')).to_numpy(np.float64)
+
 def _numbers(frame, names):
     "Columns of `frame` as float64 [rows, names]; NaN for what is missing or no number"
-    missing = pd.Series(np.nan, frame.index)
-    return np.stack([pd.to_numeric(frame.get(name, missing), errors='coerce') for name in names], 1).astype(np.float64)
+    return np.stack([_number(frame, name) for name in names], 1)
+
+# %% ../nbs/10b_series.ipynb #94f9067d
+def _any(flags, codes): return np.bincount(codes, flags) > 0
+
+def _all(flags, codes): return ~_any(~flags, codes)
+
+def _lowest(values, codes):
+    "NaN where a group has nothing else"
+    found = np.full(codes.max(initial=-1) + 1, np.nan)
+    np.fmin.at(found, codes, values)
+    return found
+
+def _highest(values, codes): return -_lowest(-values, codes)
+
+def _medians(values, codes):
+    "Of what is not NaN"
+    ordered = values[np.lexsort([values, codes])]  # NaN comes last in its group
+    sizes, n = np.bincount(codes), np.bincount(codes, ~np.isnan(values)).astype(int)
+    begin = np.cumsum(sizes) - sizes
+    return np.where(n > 0, (ordered[begin + (n - 1)//2] + ordered[begin + n//2])/2, np.nan)
+
+def _firsts(values, codes):
+    "Of what is not NaN"
+    known, found = np.flatnonzero(~np.isnan(values))[::-1], np.full(codes.max(initial=-1) + 1, np.nan)
+    found[codes[known]] = values[known]  # The last to be written stays
+    return found
+
+def _filled(values, others): return np.where(np.isnan(values), others, values)
+
+def _places(codes):
+    "A number for each row within its group, from 0 on"
+    order, sizes = np.argsort(codes, kind='stable'), np.bincount(codes)
+    places = np.empty(len(codes), np.int64)
+    places[order] = np.arange(len(codes)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    return places
+
+def _numbered(order, apart):
+    "A group for each row: rows that follow each other in `order` are of one, unless they are `apart`"
+    codes = np.empty(len(order), np.int64)
+    codes[order] = np.cumsum(np.append(np.zeros(min(len(order), 1), bool), apart))
+    return codes
+
+def _alike(*keys):
+    "A group for each row: rows that have all keys in common are of one; NaN is like no other"
+    order = np.lexsort(keys[::-1])
+    return _numbered(order, np.any([key[order][1:] != key[order][:-1] for key in keys], axis=0))
 
 # %% ../nbs/10b_series.ipynb #b99f7831
 def series_codes(
@@ -44,13 +95,15 @@ def _normals(frame):
     main = np.take_along_axis(normals, np.abs(normals).argmax(1)[:, None], 1)
     return normals*np.where(main < 0, -1, 1)
 
+def _planes(normals): return np.abs(normals).argmax(1)
+
 PLANES = 'sagittal', 'coronal', 'axial'  # By the part of the normal that is largest: across, front to back, up
 
 def planes(
     frame:pd.DataFrame, # Metadata with what there is of orientations
 )->np.ndarray: # Of PLANES, by number
     "The plane of each slice; those without an orientation are taken for axial"
-    return np.abs(_normals(frame)).argmax(1)
+    return _planes(_normals(frame))
 
 def is_axial(
     frame:pd.DataFrame, # As for `planes`
@@ -62,59 +115,69 @@ def is_axial(
 def _between(z, by, series):
     "`z`, with what is missing of a series filled in along a straight line over `by`"
     known, wanted = np.isfinite(z) & np.isfinite(by), ~np.isfinite(z) & np.isfinite(by)
-    some = np.isin(series, np.intersect1d(series[known], series[wanted]))
-    for _, at in pd.Series(np.flatnonzero(some)).groupby(series[some]):
+    some = np.flatnonzero((_any(known, series) & _any(wanted, series))[series])
+    if not len(some): return z
+    for _, at in pd.Series(some).groupby(series[some]):
         at = at.to_numpy()
         there, gaps = at[known[at]], at[wanted[at]]
         if np.ptp(by[there]) > 0: z[gaps] = np.polyval(np.polyfit(by[there], z[there], 1), by[gaps])
+    return z
+
+def _z(frame, codes, normals):
+    "`slice_z`, by series and normal of each slice"
+    # Slices of another orientation do not take part in the order of the axial ones
+    series = 2*codes + (_planes(normals) != 2)
+    normal = np.stack([_medians(side, series) for side in normals.T], 1)[series]
+    z = (normal*_numbers(frame, _position)).sum(1)/np.linalg.norm(normal, axis=1)
+    others = _numbers(frame, ['SliceLocation', 'InstanceNumber']).T
+    for other in others: z = _between(z, other, series)
+    nowhere = _all(np.isnan(z), series)
+    for other in others:  # Where a series has no positions, the first of these that all of it has
+        whole = nowhere & _all(~np.isnan(other), series)
+        z = np.where(whole[series], other, z)
+        nowhere &= ~whole
     return z
 
 def slice_z(
     frame:pd.DataFrame, # Metadata with SeriesInstanceUID and what there is of positions
 )->pd.Series: # mm; NaN where nothing tells
     "Position along the normal of the series, from neck to crown whatever the sign of its axes"
-    series, axial = series_codes(frame), is_axial(frame)
-    series = 2*series + ~axial  # Slices of another orientation do not take part in the order of the axial ones
-    normal = pd.DataFrame(_normals(frame)).groupby(series).transform('median').to_numpy()
-    z = (normal*_numbers(frame, _position)).sum(1)/np.linalg.norm(normal, axis=1)
-    others = _numbers(frame, ['SliceLocation', 'InstanceNumber']).T
-    for other in others: z = _between(z, other, series)
-    out = pd.Series(z, frame.index)
-    for other in others:  # Where a series has no positions, the first of these that all of it has
-        other = pd.Series(other)
-        whole, none = (found.groupby(series).transform('all').to_numpy() for found in (other.notna(), pd.Series(z).isna()))
-        out = out.where(~(whole & none & out.isna().to_numpy()), other.to_numpy())
-    return out
+    return pd.Series(_z(frame, series_codes(frame), _normals(frame)), frame.index)
 
 # %% ../nbs/10b_series.ipynb #113d8c2b
-def _runs(frame, series, z):
+def _runs(acquisition, codes, z):
     "(which run through the head a slice belongs to, does it share its z?): a series of two acquisitions has every z twice"
-    place = pd.Series(np.where(np.isfinite(z), np.rint(z*100), np.nan))  # Equal to .01 mm
-    acquisition = frame.AcquisitionNumber.fillna(-1).to_numpy()
-    by_place = pd.Series(acquisition).groupby([series, place], dropna=True)
-    shared = by_place.transform('size').fillna(1).to_numpy() > 1
-    apart = (by_place.transform('nunique') == by_place.transform('size')).fillna(False).to_numpy()  # Do the acquisitions tell them apart?
-    of_series = pd.DataFrame(dict(shared=shared, apart=apart | ~shared)).groupby(series).agg(dict(shared='mean', apart='min')).loc[series]
-    several = (of_series.shared > 0.5).to_numpy() & of_series.apart.to_numpy()
-    return np.where(several, acquisition, 0), shared
+    place = _alike(codes, np.where(np.isfinite(z), np.rint(z*100), np.nan))  # Equal to .01 mm
+    of_one = _alike(place, acquisition)
+    shared = np.bincount(place)[place] > 1
+    apart = _all(np.bincount(of_one)[of_one] == 1, place)  # Do the acquisitions tell them apart?
+    several = (np.bincount(codes, shared) > np.bincount(codes)/2) & _all(apart[place], codes)
+    return np.where(several[codes], acquisition, 0), shared
 
 def head_order(
     frame:pd.DataFrame, # Metadata in the order of the paths, with PatientID, InstanceNumber and AcquisitionNumber
 )->tuple: # (row numbers in the order of the head; z, slice_no and notes in that order)
     "Slices by study, series, run through the head, and z"
-    codes, axial, z = series_codes(frame), is_axial(frame), slice_z(frame).to_numpy()
-    run, shared = _runs(frame, codes, z)
+    codes, normals = series_codes(frame), _normals(frame)
+    axial, z = _planes(normals) == 2, _z(frame, codes, normals)
+    run, shared = _runs(frame.AcquisitionNumber.fillna(-1).to_numpy(), codes, z)
     within = [frame.InstanceNumber, frame.AcquisitionNumber, np.rint(z*100), run, ~axial]  # The last counts most
     order = np.lexsort([*within, frame.SeriesInstanceUID, frame.StudyInstanceUID])  # Stable: what is equal stays as it was
-    found = pd.DataFrame(dict(z=z, notes=_order_notes(frame, codes, axial, shared))).iloc[order].reset_index(drop=True)
-    return order, found.assign(slice_no=found.groupby(codes[order]).cumcount())
+    notes = _order_notes(frame, codes, axial, shared)
+    return order, pd.DataFrame(dict(z=z[order], notes=notes[order], slice_no=_places(codes[order])))
+
+_off_place = '', 'another slice at the same z', 'not axial, in an axial series'
+_two_patients = 'a study of two patients'
+_order_texts = np.array([[note, '; '.join(filter(None, [note, _two_patients]))] for note in _off_place], object)
 
 def _order_notes(frame, codes, axial, shared):
     "What is odd about a slice's place, in a few words"
-    some_axial = pd.Series(axial).groupby(codes).transform('any').to_numpy()
-    two_patients = frame.PatientID.groupby(frame.StudyInstanceUID).transform('nunique').to_numpy() > 1
-    notes = np.where(some_axial & ~axial, 'not axial, in an axial series', np.where(shared, 'another slice at the same z', ''))
-    return [note + '; '*bool(note and two) + 'a study of two patients'*bool(two) for note, two in zip(notes, two_patients)]
+    study = pd.factorize(frame.StudyInstanceUID, use_na_sentinel=False)[0]
+    patient = pd.factorize(frame.PatientID)[0]
+    patient = np.where(patient < 0, np.nan, patient)  # Missing
+    two_patients = _highest(patient, study) > _lowest(patient, study)
+    note = np.where(_any(axial, codes)[codes] & ~axial, 2, shared)
+    return _order_texts[note, two_patients[study].astype(int)]
 
 # %% ../nbs/10b_series.ipynb #1a11c6d7
 BONE, BRAIN = 200, (-10, 100)  # HU: a skull, also an infant's, shows some of it in every block; brain, edema and blood
@@ -122,23 +185,11 @@ CLOSED = .7  # Share of the directions; an infant with open sutures has .8 to .9
 HEAD_AREA = 20  # cm²; a spinal canal has 3, the smallest newborn's brain 40 at its widest
 _angles = np.linspace(0, 2*np.pi, 72, endpoint=False)
 
-def _grid(image, block):
-    "An image as bands of rows, and the shape that cuts these into blocks"
-    rows, columns = (n//block for n in image.shape)
-    return image[:rows*block, :columns*block].reshape(rows, block, columns*block), (rows, columns, block)
-
-def _walls(image, bone, block):
-    "Blocks with bone in them; of a large image four pixels count together, since noise alone has bone's HU in some"
-    if block >= 4:
-        rows, columns = (n//2*2 for n in image.shape)
-        pairs = image[:rows:2, :columns].astype(np.int32) + image[1:rows:2, :columns]
-        image, block, bone = pairs[:, ::2] + pairs[:, 1::2], block//2, 4*bone
-    bands, shape = _grid(image, block)
-    return bands.max(1).reshape(shape).max(2) >= bone
-
-def _means(image, block):
-    bands, shape = _grid(image, block)
-    return bands.sum(1, dtype=np.float32).reshape(shape).sum(2)/block**2
+def _by_blocks(ufunc, image, block):
+    "`ufunc` over the pixels of each whole block"
+    rows, columns = (n//block*block for n in image.shape)
+    bands = reduce(ufunc, [image[i:rows:block] for i in range(block)])
+    return reduce(ufunc, [bands[:, i:columns:block] for i in range(block)])
 
 def _middle(soft):
     "The block that is deepest within the soft ones"
@@ -181,8 +232,12 @@ def in_blocks(
     bone:float=BONE, # HU from which on a pixel is bone
 )->Blocks:
     "Where there is bone, and the mean of each block"
-    size = max(min(image.shape)//128*2, 1)
-    return Blocks(_walls(image, bone, size), _means(image, size), size, image.shape[1])
+    size, side = max(min(image.shape)//128*2, 1), 1
+    pixels = image.astype(np.float32)  # Sums of HU are below 2**24, so exact
+    if size >= 4:  # Of a large image four pixels count together, since noise alone has bone's HU in some
+        pixels, side = _by_blocks(np.add, pixels, 2), 2
+    walls = _by_blocks(np.maximum, pixels, size//side) >= side**2*bone
+    return Blocks(walls, _by_blocks(np.add, pixels, size//side)/size**2, size, image.shape[1])
 
 def sight_of(
     blocks:Blocks,
@@ -239,51 +294,64 @@ BODY, LUNG = 400, 40  # cm² in a slice: the widest head has 280, its air cells 
 def no_head(
     sights:pd.DataFrame, # Columns as of `Sight`, a row a slice; NaN where nobody looked
     stack:np.ndarray, # Of each slice
-)->pd.Series: # bool, by stack
+)->np.ndarray: # bool, by stack
     "Which stacks show no head"
-    looked = sights.brain.notna()
-    body = looked & ((sights.body > BODY) | (sights.lung > np.maximum(LUNG, .25*sights.body)))
-    found = pd.DataFrame(dict(looked=looked, brain=sights.brain >= HEAD_AREA, body=body)).groupby(stack)
-    return ~found.brain.any() & (found.body.any() | (found.looked.sum() >= LOOKS))
+    brain, body, lung = (sights[area].to_numpy() for area in Sight._fields)
+    looked = ~np.isnan(brain)
+    elsewhere = looked & ((body > BODY) | (lung > np.maximum(LUNG, .25*body)))
+    often = np.bincount(stack, looked) >= LOOKS
+    return ~_any(brain >= HEAD_AREA, stack) & (_any(elsewhere, stack) | often)
 
 # %% ../nbs/10b_series.ipynb #7bd312bd
 THICKER = 1.3  # Times as thick is another thickness; scanners write 4.8 and 5.0 for the same
 
 def stack_codes(
-    frame:pd.DataFrame, # Metadata with StudyInstanceUID, SeriesInstanceUID, orientations and SliceThickness
+    series:np.ndarray, # From `series_codes`
+    plane:np.ndarray, # From `planes`
+    thickness:np.ndarray, # mm; NaN where it is not said
 )->np.ndarray: # int64, 0 to the number of stacks - 1
     "Which slices are of one series, plane and thickness"
-    codes = 3*series_codes(frame) + planes(frame)
-    thickness = pd.Series(_numbers(frame, ['SliceThickness'])[:, 0])
-    thickness = thickness.fillna(thickness.groupby(codes).transform('median')).fillna(0).to_numpy()
+    codes = 3*series + plane
+    thickness = _filled(_filled(thickness, _medians(thickness, codes)[codes]), 0)
     order = np.lexsort([thickness, codes])
     apart = (np.diff(codes[order]) > 0) | (thickness[order][1:] > THICKER*thickness[order][:-1])
-    numbered = np.empty(len(codes), np.int64)
-    numbered[order] = np.cumsum(np.append(np.zeros(min(len(codes), 1), bool), apart))
-    return numbered
+    return _numbered(order, apart)
 
 def _middles(frame):
     "How far up the body the middle of each slice is, in mm; NaN where nothing tells"
     axes, position = _numbers(frame, _orientation), _numbers(frame, _position)
     sides = (_numbers(frame, ['Columns', 'Rows']) - 1)*_numbers(frame, ['PixelSpacing1', 'PixelSpacing'])
     middle = position[:, 2] + np.nan_to_num(sides*axes[:, [2, 5]]/2).sum(1)
-    return np.where(np.isnan(middle), _numbers(frame, ['SliceLocation'])[:, 0], middle)
+    return _filled(middle, _number(frame, 'SliceLocation'))
+
+def _rows_of_firsts(codes): return _lowest(np.arange(len(codes)), codes).astype(int)
+
+def _count_places(stack, middle):
+    "At how many places each stack has slices, equal to .1 mm"
+    first = _rows_of_firsts(_alike(stack, np.rint(middle*10)))
+    return np.bincount(stack[first], ~np.isnan(middle[first])).astype(int)
+
+def _thickness_by(stack, thickness, spacing):
+    "Each stack's median thickness; what the header does not say, the positions do"
+    said = _medians(np.where(thickness > 0, thickness, np.nan), stack)
+    return _filled(said, np.where(spacing > 0, spacing, np.nan))
 
 def find_stacks(
     frame:pd.DataFrame, # Metadata in the order of the head
 )->tuple: # (the stack of each slice; a frame with a row a stack; the middle of each slice in mm)
     "What there is to choose from: study, series, plane, slices at how many places, thickness, and from where to where"
-    stack, middle = stack_codes(frame), _middles(frame)
-    study = pd.factorize(frame.StudyInstanceUID, use_na_sentinel=False)[0]
     thickness, number = _numbers(frame, ['SliceThickness', 'SeriesNumber']).T
-    places = dict(study=study, series=series_codes(frame), plane=planes(frame), middle=middle, row=np.arange(len(frame)))
-    by = pd.DataFrame(dict(**places, thickness=np.where(thickness > 0, thickness, np.nan), number=number)).groupby(stack)
-    ends, n = by.middle.agg(['min', 'max']), pd.Series(np.rint(middle*10)).groupby(stack).nunique()
-    spacing = (ends['max'] - ends['min'])/(n - 1).clip(lower=1)
-    thick = by.thickness.median().fillna(spacing.where(spacing > 0))  # What the header does not say, the positions do
-    stacks = by[['study', 'series', 'plane', 'number']].first().assign(slices=by.size(), places=n, first=by.row.first(), thickness=thick)
-    half = thick.fillna(0)/2
-    return stack, stacks.assign(low=ends['min'] - half, high=ends['max'] + half), middle
+    study = pd.factorize(frame.StudyInstanceUID, use_na_sentinel=False)[0]
+    series, plane, middle = series_codes(frame), planes(frame), _middles(frame)
+    stack = stack_codes(series, plane, thickness)
+    first, places = _rows_of_firsts(stack), _count_places(stack, middle)
+    low, high = _lowest(middle, stack), _highest(middle, stack)
+    thick = _thickness_by(stack, thickness, (high - low)/np.maximum(places - 1, 1))
+    half = _filled(thick, 0)/2
+    stacks = pd.DataFrame(dict(
+        study=study[first], series=series[first], plane=plane[first], number=_firsts(number, stack),
+        slices=np.bincount(stack), places=places, first=first, thickness=thick, low=low - half, high=high + half))
+    return stack, stacks, middle
 
 # %% ../nbs/10b_series.ipynb #f11cb4b1
 _sharp = re.compile(r"""BONE|EDGE|LUNG|SHARP|ULTRA  # GE
@@ -341,15 +409,15 @@ def _best(stacks):
 def choose(
     stacks:pd.DataFrame, # From `find_stacks`, with `series_facts`, `no_head` and `uid`
     named=(), # SeriesInstanceUIDs to use where they are, instead of what the rule says; 'all' is every axial stack that shows a head
-)->pd.Series: # By stack: '' for those in use, else why not
+)->np.ndarray: # By stack: '' for those in use, else why not
     "Which stacks a model looks at"
-    why = pd.Series('', stacks.index, dtype=object)
-    why[stacks.no_head] = 'no head: no bone closes around a brain'
-    asked = stacks.uid.isin(list(named))
-    of_asked = stacks.study.isin(stacks.study[asked])
+    study, plane = stacks.study.to_numpy(), stacks.plane.to_numpy()
+    asked = stacks.uid.isin(list(named)).to_numpy()
+    why = np.where(stacks.no_head, 'no head: no bone closes around a brain', '').astype(object)
+    of_asked = _any(asked, study)[study]
     why[of_asked] = np.where(asked, '', 'not the series that was named')[of_asked]
-    for plane, name in enumerate(PLANES[:2]): why[(stacks.plane == plane) & (why == '')] = f'{name}, not axial'
-    blind = stacks.uid[asked & ~stacks.uid.isin(stacks.uid[stacks.plane == 2])]
+    for number, name in enumerate(PLANES[:2]): why[(plane == number) & (why == '')] = f'{name}, not axial'
+    blind = stacks.uid[asked & ~stacks.uid.isin(stacks.uid[plane == 2])]
     if len(blind): raise CliError(f'series {printable(blind.iloc[0])} has no axial slices, and models look at no others: name another one')
     if 'all' in named: return why
     left = stacks[(why == '') & ~asked]
@@ -365,16 +433,15 @@ BELOW = 100  # mm below the lowest look at a brain, which may lie 20 mm above th
 
 def slices_in_use(
     stack:np.ndarray, # Of each slice, from `find_stacks`
-    why:pd.Series, # From `choose`
+    why:np.ndarray, # From `choose`
     middle:np.ndarray, # mm, of each slice
     area:np.ndarray, # cm² of brain in each slice, NaN where nobody looked
 )->np.ndarray: # Texts: '' for those in use
     "Why each slice is not in use"
-    reasons = why.reindex(stack).to_numpy()
-    heights = pd.Series(middle).groupby(stack)
-    tall = (heights.transform('max') - heights.transform('min')).to_numpy() > TALL
-    lowest = pd.Series(np.where(area >= HEAD_AREA, middle, np.nan)).groupby(stack).transform('min').to_numpy()
-    return np.where((reasons == '') & tall & (middle < lowest - BELOW), 'below the head', reasons)
+    tall = _highest(middle, stack) - _lowest(middle, stack) > TALL
+    lowest = _lowest(np.where(area >= HEAD_AREA, middle, np.nan), stack)
+    below = tall[stack] & (middle < lowest[stack] - BELOW)
+    return np.where(below & (why[stack] == ''), 'below the head', why[stack])
 
 # %% ../nbs/10b_series.ipynb #2570c357
 def in_use(
