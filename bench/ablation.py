@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from ich_fastai.data import phantom_run
+from ich_fastai.intake import phantom_run
 from ich_fastai.evaluate import of_split, resampled
 from ich_fastai.labels import split_patients
 from ich_fastai.recipes import Recipe

@@ -18,7 +18,8 @@ import torch
 from ich_fastai._threads import own_cores
 from ich_fastai.clean import Store, export_images
 from ich_fastai.core import TYPES, Run, keep_freed_memory
-from ich_fastai.data import hist_bins, make_loader, phantom_run, task_slices
+from ich_fastai.data import hist_bins, make_loader, task_slices
+from ich_fastai.intake import phantom_run
 from ich_fastai.labels import split_patients
 from ich_fastai.models import Net, create_model, precision_on
 from ich_fastai.recipes import Recipe, get_recipe

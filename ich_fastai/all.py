@@ -17,6 +17,7 @@ from .labels import *
 from .clean import *
 from .explore import *
 from .page import *
+from .intake import *
 from .loss import *
 from .data import *
 from .block import *

@@ -8,7 +8,7 @@ __all__ = ['command', 'make_parser', 'phantom', 'metadata', 'clean', 'train', 'c
 # %% ../nbs/50_cli.ipynb #4288fcf6
 import os, shutil, sys, warnings
 from contextlib import nullcontext
-from functools import wraps
+from functools import partial, wraps
 from inspect import signature
 from pathlib import Path
 from typing import Annotated
@@ -100,83 +100,12 @@ def _executor(scheduler, *paths):
 
 def _many(n, what): return f'{n:,} {what}{"s"*(n != 1)}'
 
-def _read_files(run, src, **options):
-    "Metadata and errors of `src` under temporary names; what was read is kept until `_keep`"
-    from ich_fastai.metadata import write_metadata, write_series
-    lots = run.path/'.lots'
-    slices, without = write_metadata(src, lots/'metadata.parquet', lots/'errors.parquet', lots=lots, **options)
-    if slices: write_series(lots/'metadata.parquet', lots/'series.parquet')
-    if slices: return lots
-    os.replace(lots/'errors.parquet', run.file('errors'))
-    most = _write_errors(run).message.mode()[0]
-    shutil.rmtree(lots, ignore_errors=True)
-    raise CliError(f'no CT slice in {printable(run.facts.get("source"))}, most often "{most}": {run.path/"errors.csv"} has the reason of each file')
-
-def _keep(run, lots):
-    "Give what was read its final names"
-    for name in 'errors', 'series', 'metadata': os.replace(lots/f'{name}.parquet', run.file(name))
-    _write_errors(run)
-    shutil.rmtree(lots, ignore_errors=True)
-
-def _write_errors(run):
-    "The errors frame, which is also written as CSV, for people"
-    from ich_fastai.core import write_whole
-    errors = run.read('errors')
-    with write_whole(run.path/'errors.csv') as part: errors.to_csv(part)
-    return errors
-
 def _refuse_to_void(run, force, **frames):
     "Refuse what would make trained models worthless"
     if force or not any(run.path.glob('models/*/*/recipe.toml')): return
     from ich_fastai.run import voided
     lost = [f'{folder.parent.name} (seed {folder.name})' for folder in voided(run, **frames)]
     if lost: raise CliError(f'this would void {_many(len(lost), "trained model")}, {", ".join(lost[:5])}{" and others" if len(lost) > 5 else ""}: choose another run folder, or do it with --force')
-
-def _new_split(run, metadata_file, labels, path, seed, force, **shares):
-    "Labels and split into the run folder; no split where no patient is known"
-    import pandas as pd
-    from ich_fastai.labels import coverage, split_patients
-    from ich_fastai.series import in_use
-    frame = in_use(pd.read_parquet(metadata_file, columns=['StudyInstanceUID', 'PatientID', 'use']))
-    if len(frame) == 0: raise CliError('no slice is in use, so there is nothing to learn from: run without --labels to see why')
-    facts = dict(labels=str(path), seed=seed, coverage=coverage(frame, labels), label_rows_merged=labels.attrs.get('merged', 0), no_patients=run.facts.get('no_patients'))
-    if frame.PatientID.isna().all(): return labels, None, facts
-    split = split_patients(labels, frame, seed=seed, **shares)
-    _refuse_to_void(run, force, labels=labels, split=split)
-    return labels, split, facts
-
-def _labels_before(run, metadata_file):
-    "Labels, their file and the seed of a split that is there, where other slices are in use now than it was made of"
-    import pandas as pd
-    from ich_fastai.series import in_use
-    if not run.has('split') or not run.has('labels'): return None
-    labels, split = run.read('labels'), run.read('split')
-    now = in_use(pd.read_parquet(metadata_file, columns=['use']))
-    if set(now.index[now.index.isin(labels.index)]) == set(split.index): return None
-    say('other slices are in use than before: the split is made again')
-    return labels, run.facts.get('labels', ''), run.facts.get('seed', 0)
-
-def _keep_split(run, labels, split, facts):
-    for name, frame in dict(labels=labels, split=split).items():
-        if frame is not None: run.write(name, frame)
-    run.record(**facts)
-
-def _same_source(run, src, deidentify):
-    "Refuse to mix two sources in one run folder, or names with hashes"
-    before = run.facts.get('source')
-    if run.has('metadata') and (run.path/'salt').exists() != deidentify: raise CliError(f'{run.path} was read with{"out" if deidentify else ""} --deidentify: do so again, or choose another run folder')
-    if run.has('metadata') and before != src: raise CliError(f'{run.path} holds {"metadata of unknown origin" if before is None else f"what was read from {before}"}: choose another run folder')
-
-def _salt(run):
-    "The salt of a run's hashes, drawn once"
-    import secrets
-    from ich_fastai.core import write_whole
-    path = run.path/'salt'
-    if not path.exists():
-        with write_whole(path) as part:
-            part.touch(mode=0o600)
-            part.write_text(secrets.token_hex(16))
-    return bytes.fromhex(path.read_text())
 
 def _gray_source(src, window, second, second_window, patients, no_patients):
     "The images in `src` as `GrayFile`s, and what to record about them"
@@ -270,27 +199,22 @@ def metadata(
 ):
     "Read every DICOM file, or 8-bit image of a window, into a frame of metadata, and the label file into labels and a split by patient"
     from ich_fastai.core import Run
+    from ich_fastai.intake import check_source, keep_labels, read_into, run_salt, same_source
     from ich_fastai.labels import read_labels
-    from ich_fastai.metadata import find_files, hide_images
-    source = os.path.abspath(src)
-    if Path(source) in Path(run).absolute().parents: raise CliError(f'{run} lies in the folder that is to be read: choose a run folder outside of it')
-    find_files(source)  # A wrong path must not leave a run folder behind, nor a wrong label file cost a long reading
+    source = check_source(src, run)  # A wrong path must not leave a run folder behind, nor a wrong label file cost a long reading
     files, gray = _gray_source(source, window, second, second_window, patients, no_patients)
     if dry: return _tell_estimate(files, run, n_workers)
     truth = None if labels is None else read_labels(labels)
     with Run(os.path.abspath(run), create=True).locked() as folder, _executor(scheduler, source, os.path.abspath(run)) as executor:
-        _same_source(folder, source, deidentify)
+        same_source(folder, source, deidentify)
         folder.record(source=source, series=series or [], **gray)  # Before the reading: an interrupted run must know its own source again
-        salt = _salt(folder) if deidentify else None
-        lots = _read_files(folder, files, n_workers=n_workers, executor=executor, max_mb=max_mb, series=series or (), salt=salt)
-        if truth is not None and salt: truth = hide_images(truth, salt)
-        if truth is None: truth, labels, seed = _labels_before(folder, lots/'metadata.parquet') or (None, None, seed)
-        split = None if truth is None else _new_split(folder, lots/'metadata.parquet', truth, os.path.abspath(labels), seed, force)
-        _keep(folder, lots)
+        salt = run_salt(folder) if deidentify else None
+        made = read_into(folder, files, truth, os.path.abspath(labels or ''), seed, partial(_refuse_to_void, folder, force), salt,
+                         n_workers=n_workers, executor=executor, max_mb=max_mb, series=series or ())
         _metadata_summary(folder)
-        if split is None: return say('labels and split are as they were' if folder.has('split') else 'no labels: give them with `--labels FILE` to train', f'next: `ich-clean {run}`')
-        _keep_split(folder, *split)
-        _labels_summary(*split)
+        if made is None: return say('labels and split are as they were' if folder.has('split') else 'no labels: give them with `--labels FILE` to train', f'next: `ich-clean {run}`')
+        keep_labels(folder, *made)
+        _labels_summary(*made)
         say(f'next: `ich-clean {run}`')
 
 # %% ../nbs/50_cli.ipynb #f4148001
@@ -308,26 +232,18 @@ def clean(
     quiet:bool=False, # No progress bars, no summary
 ):
     "Crop every slice to the head and resize it into the image store"
-    from ich_fastai.clean import CLEAN_COLUMNS, MIN_BRAIN, Store, clean_images, export_images, store_index
+    from ich_fastai.clean import Store, export_images
     from ich_fastai.core import Run
+    from ich_fastai.intake import clean_into
     if scheduler: run = os.path.abspath(run)
     with Run(run).locked() as folder, _executor(scheduler, run) as executor:
-        frame = folder.read('metadata', columns=CLEAN_COLUMNS)
-        if min_brain is None: min_brain = folder.read('index').attrs['min_brain'] if folder.has('index') else MIN_BRAIN
-        if folder.has('index'): _refuse_to_void(folder, force, index=_with_sizes(store_index(frame, size, min_brain), folder))
-        index = clean_images(frame, folder.images, size, n_workers, executor, min_brain, max_mb)
+        index = clean_into(folder, size, min_brain, partial(_refuse_to_void, folder, force), n_workers=n_workers, executor=executor, max_mb=max_mb)
+        min_brain = index.attrs['min_brain']
         say(f'{Store(folder.images)}; {int(index.kept.sum()):,} kept, {int((~index.kept).sum()):,} with less brain than {min_brain:g}')
         for format in ['jpeg']*jpeg + ['png']*png:
             exported = export_images(Store(folder.images), folder.path/format, format=format)
             say(f'{len(index):,} {format.upper()} files in {exported}')
         if folder.has('split'): say(f'next: `ich-train {run} RECIPE` or `ich-compare {run} RECIPE RECIPE`')
-
-def _with_sizes(index, run):
-    "The index to come, with the sizes that stay"
-    from ich_fastai.clean import sizes_of
-    before = run.read('index')
-    if before.attrs.get('key') == index.attrs['key']: index.attrs['sizes'] = sorted({*index.attrs['sizes'], *sizes_of(before)})
-    return index
 
 # %% ../nbs/50_cli.ipynb #6e45102c
 def _finder(scale=1., scratch=False, epochs=0, settings=(), named=()):
@@ -456,7 +372,7 @@ def demo(
     with _demo_folder(out, quick=quick, seed=seed).locked() as folder: _demo(folder, quick, seed)
 
 def _demo(folder, quick, seed):
-    from ich_fastai.clean import clean_images
+    from ich_fastai.intake import clean_into, keep_labels, read_into
     from ich_fastai.labels import read_labels
     from ich_fastai.phantom import PREVALENCE, write_phantoms
     from ich_fastai.recipes import get_recipe
@@ -467,13 +383,11 @@ def _demo(folder, quick, seed):
     say('2/4 metadata and labels')
     if not folder.has('split'):
         labels = phantoms/'stage_2_train.csv'
-        lots = _read_files(folder, phantoms/'stage_2_train')
-        split = _new_split(folder, lots/'metadata.parquet', read_labels(labels), labels, seed, False, valid=.12, test=.25)  # A wide test side, for narrower intervals
-        _keep(folder, lots)
-        _keep_split(folder, *split)
+        shares = dict(valid=.12, test=.25)  # A wide test side, for narrower intervals
+        keep_labels(folder, *read_into(folder, phantoms/'stage_2_train', read_labels(labels), labels, seed, shares=shares))
         _metadata_summary(folder)
     say('3/4 clean images')
-    clean_images(folder.read('metadata'), folder.images, 64 if quick else 128)
+    clean_into(folder, 64 if quick else 128)
     say('4/4 train and compare')
     from ich_fastai.compare import compare as compare_recipes, report, summary
     board = compare_recipes(folder, [_quick(r) if quick else get_recipe(r) for r in _demo_recipes], seed=seed)
