@@ -50,7 +50,7 @@ def task_slices(
     labels:pd.DataFrame, # Six bool columns by image
     split:pd.DataFrame, # `split` by image; only images with labels
     side:str, # 'train', 'valid' or 'test'
-    **draw, # `negatives` and `seed` of `subset`; all negatives where they are not given
+    **draw, # `negatives`, `balance` and `seed` of `subset`; nothing is drawn where they are not given
 )->np.ndarray: # Positions in the store, ascending
     "The kept slices of one side of the split that belong to the recipe's own task"
     on_side = (split['split'].reindex(index.index) == side).to_numpy(dtype=bool) & index['kept'].to_numpy(dtype=bool)
@@ -62,10 +62,10 @@ def training_slices(
     index:pd.DataFrame, # As for `task_slices`
     labels:pd.DataFrame,
     split:pd.DataFrame,
-    seed:int=0, # Draws the negatives
+    seed:int=0, # Draws what the recipe wants drawn
 )->np.ndarray: # Positions in the store, ascending
-    "The slices a recipe learns from: its own task on the training side, with `negatives` slices without a bleed for each with one"
-    return task_slices(recipe, index, labels, split, 'train', negatives=recipe.negatives, seed=seed)
+    "The slices a recipe learns from: its own task on the training side, with as many slices of each kind as it states"
+    return task_slices(recipe, index, labels, split, 'train', negatives=recipe.negatives, balance=recipe.balance, seed=seed)
 
 # %% ../nbs/20_data.ipynb #754edac0
 def hist_bins(
@@ -85,9 +85,14 @@ def view_table(
     bins, # For 'hist' and 'neighbors'
 )->Tensor: # float32 0..1, [4096], or [4096, channels] for several windows
     "The recipe's view as a table over HU -1024..3071, for 'jpeg' over gray levels"
-    def lut(name): return hist_lut(np.asarray(bins)) if name == 'hist' else _straight[name] if name in _straight else window_lut(WINDOWS[name])
+    def lut(name): return hist_lut(np.asarray(bins)) if name == 'hist' else _straight[name] if name in _straight else _window(WINDOWS[name], recipe.outside)
     names = dict(hist=['hist'], neighbors=['hist'], windows=recipe.windows, jpeg=['gray'])[recipe.view]
     return torch.from_numpy(np.stack([lut(name) for name in names], axis=1)).squeeze(1)
+
+def _window(window, outside): # float32 [4096]
+    "A window's table; with outside 'zero' what is above it is 0, as what is below"
+    above = np.arange(-1024, 3072) > window.level + window.width/2
+    return np.where(above & (outside == 'zero'), 0, window_lut(window))
 
 _straight = dict(hu=np.linspace(0, 1, 4096, dtype=np.float32), gray=(np.arange(-1024, 3072)/255).clip(0, 1).astype(np.float32))
 
@@ -206,17 +211,34 @@ def _blurred(x): # [m, c, h, w], Gaussian of about 1 pixel
     x = F.conv2d(x, kernel.view(1, 1, 1, 5).expand(c, 1, 1, 5), groups=c)
     return F.conv2d(x, kernel.view(1, 1, 5, 1).expand(c, 1, 5, 1), groups=c)
 
+def _kernels(sigmas, radius): # [m, 2*radius + 1], Gaussians of sum 1
+    distance = torch.arange(-radius, radius + 1).to(sigmas)
+    weights = torch.exp(-(distance/sigmas.clamp(min=1e-3)[:, None]).square()/2)
+    return weights/weights.sum(1, keepdim=True)
+
+def _blurred_by(x, sigmas, largest): # [m, c, h, w], a Gaussian of its own for each
+    m, c, h, w = x.shape
+    radius = int(4*largest + 0.5)  # Not that of the batch: an image must not depend on those beside it
+    kernels = _kernels(sigmas, radius).repeat_interleave(c, dim=0)[:, None]
+    x = F.pad(x.reshape(1, m*c, h, w), (radius,)*4, mode='replicate')
+    x = F.conv2d(x, kernels[:, :, None], groups=m*c)
+    return F.conv2d(x, kernels[..., None], groups=m*c).view(m, c, h, w)
+
 class Blur(OfPictures):
-    "Blur some pictures of a training batch, each by its own draw"
+    "Blur some images of a training batch, each by its own draw"
     order, split_idx = 10, 0  # After `LookUp`, in training only
     def __init__(self,
         draws:Draws,
         p:float=0.25, # Probability
-    ): self.draws, self.p = draws, p
+        strongest:float=0., # Largest sigma in pixels, each image its own up to it; 0 blurs all alike, by about 1 pixel
+    ): self.draws, self.p, self.strongest = draws, p, strongest
 
     def encodes(self, x:TensorCT)->TensorCT: # [n, c, h, w]
-        some = torch.nonzero(self.draws.blur < self.p).flatten().to(x.device)
-        if len(some): x[some] = _blurred(x[some])
+        some = torch.nonzero(self.draws.blur < self.p).flatten()
+        if not len(some): return x
+        sigmas = self.draws.blur[some].to(x.device)/self.p*self.strongest  # What is drawn below p, is spread evenly there
+        some = some.to(x.device)
+        x[some] = _blurred_by(x[some], sigmas, self.strongest) if self.strongest else _blurred(x[some])
         return x
 
 # %% ../nbs/20_data.ipynb #1159f761
@@ -407,7 +429,7 @@ def _steps(recipe, bins, draws, item_tfms, batch_tfms):
     if more: steps.append(Normalize.from_stats(*channel_stats(recipe.n_channels), cuda=False))
     moves = {key: getattr(recipe, key) for key in ('flip', 'rotate', 'shift', 'shear', 'zoom')}
     if any(moves.values()): steps.append(Turn(draws, **moves))
-    if recipe.blur: steps.append(Blur(draws, recipe.blur))
+    if recipe.blur: steps.append(Blur(draws, recipe.blur, recipe.blur_max))
     return steps
 
 class EachItem(OfPictures):

@@ -236,18 +236,35 @@ def split_patients(
     return split
 
 # %% ../nbs/12_labels.ipynb #4ac2efad
+def _one_type(types): # bool [n, 5]
+    "The column of the one type that each slice counts for, the rarest of its own; -1 where it has none"
+    rarest_first = np.argsort(types.sum(axis=0), kind='stable')
+    first = types[:, rarest_first].argmax(axis=1)
+    return np.where(types.any(axis=1), rarest_first[first], -1)
+
+def _equal_types(types, rng): # bool [n, 5]
+    "Slices of each type in equal numbers, drawn, as a mask"
+    counted = _one_type(types)
+    of_each = [np.flatnonzero(counted == i) for i in np.unique(counted[counted >= 0])]
+    if not of_each: return np.zeros(len(types), dtype=bool)
+    fewest = min(map(len, of_each))
+    drawn = np.concatenate([rng.choice(some, fewest, replace=False) for some in of_each])
+    return np.isin(np.arange(len(types)), drawn)
+
 def subset(
     labels:pd.DataFrame, # By image, the six labels of the slices to choose from
     slices:str='all', # 'all', or 'bleeding': slices with at least one type
     min_types:int=1, # Positive slices have at least so many types; positives with fewer are left out
     negatives:float=0., # Negatives for each positive, drawn; 0 keeps all there are
     seed:int=0,
+    balance:bool=False, # The types in equal numbers, drawn? A slice of several counts for the rarest of them
 )->pd.Index: # The images chosen, in the order of `labels`
     "The slices that a recipe learns from"
-    types = labels[list(TYPES)].sum(axis=1)
+    types, rng = labels[list(TYPES)].sum(axis=1), np.random.default_rng(seed)
     positive, negative = types >= min_types, (types == 0) & (slices == 'all')
+    if balance: positive &= _equal_types(labels[list(TYPES)].to_numpy() & positive.to_numpy()[:, None], rng)
     wanted = round(positive.sum()*negatives)
     if negatives and wanted < negative.sum():
-        drawn = np.random.default_rng(seed).choice(np.flatnonzero(negative), wanted, replace=False)
+        drawn = rng.choice(np.flatnonzero(negative), wanted, replace=False)
         negative = pd.Series(np.isin(np.arange(len(labels)), drawn), labels.index)
     return labels.index[positive | negative]

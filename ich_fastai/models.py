@@ -139,9 +139,10 @@ class Net(nn.Sequential):
 
     def forward(self, x): return self._run(super().forward, x)
 
-    def features(self, x): # float32 [n, feature maps]
-        "The mean of each feature map"
-        return self._run(lambda x: self[0](x).mean((2, 3)), x)
+    def features(self, x, of='maps'): # float32 [n, feature maps], or [n, units of the last dense layer]
+        "The mean of each feature map, or, of 'dense', what the head's last layer gets"
+        pool = self[1][:-1] if of == 'dense' else lambda maps: maps.mean((2, 3))
+        return self._run(lambda x: pool(self[0](x)), x)
 
 # %% ../nbs/22_models.ipynb #318e22eb
 def _petkov(nf, n_out, p):
@@ -223,9 +224,13 @@ def load_weights(
 # %% ../nbs/22_models.ipynb #1be8e523
 def n_features(
     recipe:Recipe, # Of kind 'cnn'
-)->int: # Maps of features before the head
+    of:str='maps', # Or 'dense', as a sequence's `features`
+)->int:
     "How many features a sequence gets from a recipe's network"
-    with torch.device('meta'): return create_model(replace(recipe, pretrained=False)).eval()[0](torch.empty(1, recipe.n_channels, recipe.sizes[-1], recipe.sizes[-1])).shape[1]
+    with torch.device('meta'):
+        body, head = create_model(replace(recipe, pretrained=False)).eval()
+        if of == 'dense': return head[-1].in_features
+        return body(torch.empty(1, recipe.n_channels, recipe.sizes[-1], recipe.sizes[-1])).shape[1]
 
 def training_cost(
     recipe:Recipe, # Of kind 'cnn'

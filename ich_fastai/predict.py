@@ -72,7 +72,7 @@ def _read_series(bundle, store, bs):
     cnn, index = bundle.parts[0], store.index
     cnn.model.to(default_device())
     with torch.inference_mode(), full_precision(cnn.model):
-        rows = torch.cat([cnn.model.features(x).cpu() for x, _ in _cnn_loader(cnn, store, bs)]).numpy()
+        rows = torch.cat([cnn.model.features(x, bundle.recipe.features).cpu() for x, _ in _cnn_loader(cnn, store, bs)]).numpy()
     headers = index.reindex(columns=bundle.extra['headers']).to_numpy(np.float32)
     features = Features([np.concatenate([rows, headers], axis=1)[i:i + SLICES_A_FILE] for i in range(0, len(rows), SLICES_A_FILE)])
     return predict(bundle.model, bundle.recipe, series_loader(features, series_of(index, np.arange(len(index))), None, 8, len(bundle.labels)))

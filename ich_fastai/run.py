@@ -208,7 +208,7 @@ def _run_cnn(data, recipe, seed, minutes, track):
 
 def _run_sequence(data, recipe, seed, minutes, cnn_folder, track):
     folder, cnn, index = data.run.model(recipe.name, seed), load_bundle(cnn_folder/'bundle'), data.index
-    with only_one(cnn_folder, 'wait until it ends'): features = cnn_features(cnn_folder, cnn, data.images(cnn.recipe))
+    with only_one(cnn_folder, 'wait until it ends'): features = cnn_features(cnn_folder, cnn, data.images(cnn.recipe), of=recipe.features)
     headers = pd.DataFrame(index=index.index)
     if recipe.headers:
         headers = header_numbers(data.run.read('metadata')).reindex(index.index)
@@ -294,5 +294,4 @@ def _own_cost(recipe, find):
     "(parameters, operations a training slice), without those of its parts"
     if recipe.kind == 'cnn': return training_cost(recipe)
     if recipe.kind != 'sequence': return 0, 0
-    with torch.device('meta'): return n_parameters(StudyNet(n_features(find(recipe.parts[0])), recipe)), 0
-
+    with torch.device('meta'): return n_parameters(StudyNet(n_features(find(recipe.parts[0]), recipe.features), recipe)), 0

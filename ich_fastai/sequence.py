@@ -49,18 +49,20 @@ class Features:
         return np.concatenate(rows)
 
 @torch.inference_mode()
-def _part(model, dl):
-    with full_precision(model): return torch.cat([model.features(x).cpu() for x, _ in dl]).numpy()
+def _part(model, dl, of):
+    with full_precision(model): return torch.cat([model.features(x, of).cpu() for x, _ in dl]).numpy()
 
 def cnn_features(
     folder, # Where to keep them: the CNN's own model folder
     bundle, # The CNN: its model, recipe, bins and size
     store, # What it reads: a `Store`, or `open_pictures` of one
     bs:int=64, # Slices at a time
+    of:str='maps', # Or 'dense', as a recipe's `features`
 )->Features: # Of all slices of the store
     "The CNN's features, worked out or read back"
     weights = hashlib.blake2b((Path(folder)/'bundle'/'model.safetensors').read_bytes() + str(store.index.attrs.get('key')).encode(), digest_size=8).hexdigest()
-    kept, n = Path(folder)/'features'/f'{weights}-fp32', len(store.index)
+    called = f'{weights}-fp32' if of == 'maps' else f'{weights}-fp32-{of}'
+    kept, n = Path(folder)/'features'/called, len(store.index)
     kept.mkdir(parents=True, exist_ok=True)
     sweep(kept)
     model = bundle.model.to(default_device()).eval()
@@ -68,7 +70,7 @@ def cnn_features(
         path = kept/f'part-{start//SLICES_A_FILE:05d}.npy'
         if path.exists(): continue
         dl = make_loader(store, bundle.recipe, bundle.bins, np.arange(start, min(start + SLICES_A_FILE, n)), bundle.size, bs)
-        rows = _part(model, dl)
+        rows = _part(model, dl, of)
         with write_whole(path) as part, open(part, 'wb') as f: np.save(f, rows)
     return Features(np.load(path, mmap_mode='r') for path in sorted(kept.glob('part-*.npy')))
 
@@ -213,7 +215,8 @@ class StudyNet(nn.Module):
         self.reader = READERS[recipe.reader](n_features*(3 if recipe.differences else 1), recipe)
         layers, n = [], self.reader.n_out
         for units in recipe.dense:
-            layers += [nn.Linear(n, units), SliceNorm(units), nn.ReLU(), nn.Dropout(recipe.dropout)]
+            norm = [SliceNorm(units)] if recipe.dense_norm else []
+            layers += [nn.Linear(n, units), *norm, nn.ReLU(), nn.Dropout(recipe.dropout)]
             n = units
         self.dense = nn.Sequential(*layers, nn.Linear(n, recipe.n_outputs))
 
