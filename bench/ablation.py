@@ -14,7 +14,7 @@ from ich_fastai.recipes import Recipe
 from ich_fastai.run import run_recipe
 from sides import about
 
-BASE = Recipe('base', view='windows', arch='resnet18', pretrained=False, sizes=(64,), batch_sizes=(32,), epochs=(8,), lr=3e-3)
+BASE = Recipe('base', view='windows', arch='resnet18', pretrained=False, sizes=(64,), batch_sizes=(32,), epochs=(5,), lr=3e-3)
 METRICS = dict(weighted_log_loss='log loss', auroc='AUROC of any')
 FIELDS = dict(cosine=dict(schedule='cosine'), body_lr=dict(body_lr=.1), clip=dict(clip=1.), smoothing=dict(smoothing=.1), focal=dict(focal=2.),
               ema=dict(ema=.99), best_epoch=dict(best_epoch=True), patience=dict(best_epoch=True, patience=2), tta=dict(tta=True))

@@ -26,7 +26,7 @@ from fastai.callback.core import Callback
 from .core import Run, disk_errors, printable, write_whole
 from .recipes import Recipe, Stage
 from .clean import sizes_of
-from .data import Data, sizes_read, task_slices, training_slices
+from .data import Data, sizes_read, training_slices, validation_slices
 from .models import save_weights
 
 # %% ../nbs/22c_checkpoints.ipynb #92ed0bd7
@@ -121,7 +121,7 @@ def depends_on(
     marks = dict(labels=_hashed(labels), split=_hashed(split))
     if recipe.kind in ('two_step', 'ensemble'): return marks  # Their parts have the rest
     if recipe.kind != 'sequence':  # It learns from all slices that have labels
-        train, valid = training_slices(recipe, index, labels, split, seed), task_slices(recipe, index, labels, split, 'valid')
+        train, valid = (side(recipe, index, labels, split, seed) for side in (training_slices, validation_slices))
         marks['slices'] = hashlib.blake2b('\n'.join([*index.index[train], '', *index.index[valid]]).encode(errors='surrogatepass'), digest_size=16).hexdigest()
     return marks | {f'the pictures of {size} px': index.attrs.get('key') for size in sizes_read(recipe, sizes_of(index))}
 
