@@ -562,10 +562,11 @@ class HeadLoaders(DataLoaders):
     def __init__(self, *loaders,
         data=None, # The `Data` of their run folder
         recipe:Recipe=None, bins=None, # As for `make_loader`
+        options=(), # Others of `make_loader` that they were made with
         **kwargs, # As for fastai's
     ):
         super().__init__(*loaders, **kwargs)
-        self.data, self.recipe, self.bins = data, recipe, bins
+        self.data, self.recipe, self.bins, self.options = data, recipe, bins, dict(options)
 
     @property
     def store(self): return self.train.dataset.store
@@ -628,7 +629,7 @@ def make_dls(
     bins, targets, images = data.bins(max(recipe.sizes)), data.targets(recipe), data.images(recipe)
     loaders = [make_loader(images, recipe, bins, side, size, bs, targets[side], s, device, **kwargs)
                for side, s in zip(sides, (seed + 1000*stage, None))]
-    return HeadLoaders(*loaders, data=data, recipe=recipe, bins=bins, path=data.run.path, device=device or default_device())
+    return HeadLoaders(*loaders, data=data, recipe=recipe, bins=bins, options=kwargs, path=data.run.path, device=device or default_device())
 
 _of_loader = 'num_workers', 'item_tfms', 'batch_tfms'
 

@@ -223,13 +223,17 @@ def plot_confusion_matrix(self:ClassificationInterpretation, normalize=False, ti
     for ax, one in zip(axes.flat, matrices): _draw_matrix(ax, *one, normalize, cmap)
     if cm.ndim == 3: fig.suptitle(title)
 
+def _wrong(label, matrix):
+    (_, false), (missed, _) = matrix.tolist()
+    return [(f'no {label}', label, false), (label, f'no {label}', missed)]
+
 @patch
 def most_confused(self:ClassificationInterpretation, min_val=1):
     "fastai's list of (actual, predicted, how many), the most first; where several labels may hold, of each label and its absence"
     if not _several(self.learn): return self._orig_most_confused(min_val)
     vocab, cm = self.learn.dls.vocab, self.confusion_matrix()
     if cm.ndim == 2: wrong = [(vocab[i], vocab[j], int(cm[i, j])) for i, j in itertools.permutations(range(len(vocab)), 2)]
-    else: wrong = [pair for label, ((_, false), (missed, _)) in zip(vocab, cm) for pair in ((f'no {label}', label, int(false)), (label, f'no {label}', int(missed)))]
+    else: wrong = [one for label, matrix in zip(vocab, cm) for one in _wrong(label, matrix)]
     return sorted([one for one in wrong if one[2] >= min_val], key=lambda one: one[2], reverse=True)
 
 @patch

@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from ._threads import own_cores
 from .core import first_process, say, show_progress
 from .recipes import Recipe, Stage, get_recipe, stages
-from .data import Data, as_data, make_dls
+from .data import Data, HeadLoaders, as_data, make_dls
 from .models import load_weights
 from .learner import find_lr, learner_for, make_learner, memory_errors, predict, training_bar
 from .checkpoints import Checkpoint, History, Kept, LiveFigure, SameData, StepLosses, changed, cut_logs, depends_on, fingerprint, judged, read_checkpoint, same_data
@@ -156,18 +156,19 @@ def fit_stage(
 # %% ../nbs/23_train.ipynb #746b4f88
 class ResizeImages(Callback):
     "Images of a batch at another size"
-    order, size = 1, None
+    order = 1
+    def __init__(self, size:int): self.size = size
+
     def before_batch(self):
         x = self.xb[0]
         if x.ndim != 4 or x.shape[-1] == self.size: return
         resized = F.interpolate(x.as_subclass(torch.Tensor), (self.size, self.size), mode='bilinear', antialias=True)
         self.learn.xb = (resized.as_subclass(type(x)), *self.xb[1:])
 
-def _stage_dls(learn, stage, seed):
-    "Loaders of the Learner's own data at a stage's size; other loaders as they are"
-    dls = learn.dls
-    if getattr(dls, 'data', None) is None: return dls
-    return make_dls(dls.data, dls.recipe, stage.size, stage.bs, seed, stage.number, dls.device)
+def _stage_dls(dls, stage, seed):
+    "Loaders of the same data for a stage; as they are where they are not ours, or fit"
+    if not isinstance(dls, HeadLoaders) or (dls.size, dls.bs) == (stage.size, stage.bs): return dls
+    return make_dls(dls.data, dls.recipe, stage.size, stage.bs, seed, stage.number, dls.device, **dls.options)
 
 @patch
 def fit_recipe(self:Learner,
@@ -180,10 +181,9 @@ def fit_recipe(self:Learner,
     suggested = recipe.lr or find_lr(self, label=recipe.name)['suggested'].iloc[0]
     plan = stages(recipe, suggested)
     for stage in plan:
-        self.dls = _stage_dls(self, stage, seed)
-        resize = ResizeImages()
-        resize.size = stage.size
-        with training_bar(self, called(recipe, stage, plan)): fit_stage(self, stage, [resize, *recipe_cbs(recipe), *cbs])
+        self.dls = _stage_dls(self.dls, stage, seed)
+        own = [ResizeImages(stage.size), *recipe_cbs(recipe), *cbs]
+        with training_bar(self, called(recipe, stage, plan)): fit_stage(self, stage, own)
 
 def called(recipe:Recipe, stage:Stage, plan:list)->str:
     "A stage as progress bars name it"
