@@ -1111,6 +1111,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'ich_fastai.train._agreed_marks': ('train.html#_agreed_marks', 'ich_fastai/train.py'),
                                   'ich_fastai.train._fit': ('train.html#_fit', 'ich_fastai/train.py'),
                                   'ich_fastai.train._free_cores': ('train.html#_free_cores', 'ich_fastai/train.py'),
+                                  'ich_fastai.train._is_of': ('train.html#_is_of', 'ich_fastai/train.py'),
                                   'ich_fastai.train._journal': ('train.html#_journal', 'ich_fastai/train.py'),
                                   'ich_fastai.train._kept_stage': ('train.html#_kept_stage', 'ich_fastai/train.py'),
                                   'ich_fastai.train._last_good': ('train.html#_last_good', 'ich_fastai/train.py'),

@@ -9,6 +9,7 @@ __all__ = ['History', 'StepLosses', 'plot_history', 'LiveFigure', 'cut_logs', 'd
 # %% ../nbs/22c_checkpoints.ipynb #b8d523f5
 import csv, hashlib, random, zipfile
 from contextlib import nullcontext
+from dataclasses import asdict
 from functools import lru_cache
 from io import BytesIO, StringIO
 from pathlib import Path
@@ -242,7 +243,7 @@ class Checkpoint(Callback):
         minutes:float=10., # Between two checkpoints within an epoch; 0 keeps one after each step
         state:dict=None, # From `read_checkpoint`, to go on in the middle of the stage
         writes:bool=True, # Only one of several processes does
-        recipe:str='', # To go on with no other one
+        recipe:Recipe=None, # To go on with no other one
         spared:int=0, # Cores left to other processes, from `own_cores`
     ):
         self.folder, self.stage, self.marks, self.minutes = Path(folder), stage, marks, minutes
@@ -301,7 +302,7 @@ class Checkpoint(Callback):
 
     def _state(self):
         scaler, smooth = getattr(self.learn, 'scaler', None), self.recorder.smooth_loss
-        return dict(stage=self.stage.number, recipe=self.recipe, spared=self.spared, marks=self.marks, best=self.best,
+        return dict(stage=self.stage.number, recipe=_plain(asdict(self.recipe)) if self.recipe else None, spared=self.spared, marks=self.marks, best=self.best,
                     opt=_plain(self.opt.state_dict()), scaler=scaler and scaler.state_dict(), random=_random_state(),
                     kept={cb.name: cb.state() for cb in self._kept()},
                     at=(self.pct_train, self.train_iter), smooth=(smooth.count, float(smooth.val)), step=self.step_losses.step,

@@ -208,18 +208,23 @@ def train_stages(
     kept = folder/'checkpoints'
     state = read_checkpoint(kept, learn.dls.device)
     marks = _agreed_marks(state, fingerprint(data, recipe, seed, parts), data, recipe, seed, folder)
-    if state and (state['recipe'] != str(recipe) or state['stage'] >= len(plan)): raise CliError(f'{kept} is of another recipe: delete {folder} to train anew')
+    if state and not (_is_of(state, recipe) and state['stage'] < len(plan)): raise CliError(f'{kept} is of another recipe: delete {folder} to train anew')
     if first_process(): cut_logs(folder, state)
     if state: load_weights(learn.model, state['weights'])
     for stage in plan[state['stage'] if state else 0:]:
         if stage.number: learn.dls = loaders(data, recipe, stage.size, stage.bs, seed, stage.number)
         set_seed(seed + 1000*stage.number)
-        kept_by = partial(Checkpoint, kept, stage, marks, minutes, state, first_process(), str(recipe))
+        kept_by = partial(Checkpoint, kept, stage, marks, minutes, state, first_process(), recipe)
         watch = [SameData(data.run, marks, recipe, seed), *recipe_cbs(recipe), *(_journal(folder, stage) + [*cbs] if first_process() else [])]
         try: _kept_stage(learn, stage, called(recipe, stage, plan), state, kept_by, watch)
         except CliError as e: raise CliError(f'{e}{_last_good(kept)}') from e
         state = None
     return learn
+
+def _is_of(state, recipe):
+    "Whether a checkpoint is of this recipe; fields that it does not know have their defaults"
+    try: return Recipe(**state['recipe']) == recipe
+    except (TypeError, CliError): return False  # Of a version with other fields
 
 def _agreed_marks(state, now, data, recipe, seed, folder):
     "What the training began with, where that is what there is"
