@@ -420,7 +420,7 @@ def draw_scan(
                 rotation=turn(2, yaw) @ turn(1, roll) @ turn(0, pitch-tilt), table=(rng.uniform(104, 114), rng.uniform(115, 160)),
                 haze=rng.uniform(8, 48), cupping=rng.uniform(0, 36), noise=3.4+7.6*rng.beta(1, 1.5), streak=rng.uniform(2, 15), z0=rng.uniform(0, 400))
 
-GRID = 120 # Coarse points across the image, about 2 mm apart: the anatomy is computed there
+GRID = 120 # Coarse points across the image, about 2 mm apart: the anatomy is computed there; an image of fewer pixels needs no more points than it has
 
 def world(scan:Scan, u, v): # u, v: mm along rows and columns -> patient x, y, z against the head's origin, [n, v, u]
     o = scan.origin.astype(np.float32)[:,None,None,:]
@@ -432,7 +432,7 @@ def coarse_points(
     scan:Scan,
     head:Head,
 ): # (Points in the standard head [n, h, w], the same in the patient, step in mm)
-    step = scan.columns*scan.pixel/GRID
+    step = scan.columns*scan.pixel/min(GRID, scan.columns)
     u, v = (np.arange(int(np.ceil(n*scan.pixel/step))+1)*step for n in (scan.columns, scan.rows))
     w = world(scan, u, v)
     m = (scan.rotation / np.array(head.scale)).astype(np.float32) # columns: head axes
@@ -924,7 +924,7 @@ def anatomy(
     calcified_fields(canvas, b, deep, head, patients)
     if study.contrast: contrast_fields(canvas, b, deep, texture)
     bleed_fields(canvas, p, b, patient, deep, sheet, holes, bleeds, mine)
-    canvas.petrous = bump((p.z[:,GRID//2,GRID//2]-2)/13)
+    canvas.petrous = bump((p.z[:, p.z.shape[1]//2, p.z.shape[2]//2]-2)/13)
     return canvas
 
 def enhanced(head, rng): # The same head with contrast agent in its vessels
