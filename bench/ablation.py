@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from ich_fastai.intake import phantom_run
-from ich_fastai.evaluate import of_split, resampled
+from ich_fastai.evaluate import _difference_interval, of_split, resampled
 from ich_fastai.labels import split_patients
 from ich_fastai.recipes import Recipe
 from ich_fastai.run import run_recipe
 from sides import about
 
-BASE = Recipe('base', view='windows', arch='resnet18', pretrained=False, sizes=(64,), batch_sizes=(32,), epochs=(5,), lr=3e-3)
+BASE = Recipe('base', view='windows', arch='resnet18', pretrained=False, sizes=(64,), batch_sizes=(32,), epochs=(4,), lr=3e-3)
 METRICS = dict(weighted_log_loss='log loss', auroc='AUROC of any')
 FIELDS = dict(cosine=dict(schedule='cosine'), body_lr=dict(body_lr=.1), clip=dict(clip=1.), smoothing=dict(smoothing=.1), focal=dict(focal=2.),
               ema=dict(ema=.99), best_epoch=dict(best_epoch=True), patience=dict(best_epoch=True, patience=2), tta=dict(tta=True))
@@ -26,11 +26,11 @@ def measured(run, recipe, seeds, metric): # [1001, seeds]: a metric of the test 
         return values['any'] if metric == 'auroc' else values.iloc[:, 0]
     return np.column_stack([one(seed) for seed in seeds])
 
-def line_of(ours, base): # By metric the mean over seeds, and of its difference to the base with the 95 % interval by patient
+def line_of(ours, base, k): # By metric the mean over seeds, and of its difference to the base with the 95 % interval by patient, `k` of whom bleed
     cells = {}
     for metric, called in METRICS.items():
         change = (ours[metric] - base[metric]).mean(1)
-        low, high = np.quantile(change[1:], [.025, .975])
+        low, high = _difference_interval(change[0], change[1:].std()*np.sqrt(k/(k - 1)), k, k - 1)
         cells |= {called: f'{ours[metric][0].mean():.4f}', f'change of {called}': f'{change[0]:+.4f} ({low:+.4f} to {high:+.4f})'}
     return cells
 
@@ -44,9 +44,9 @@ if __name__=='__main__':
     p.add_argument('--write', action='store_true', help='write bench/results/ablation.md, as a full run always does')
     p.add_argument('--json', action='store_true', help='one JSON object on the last line')
     args = p.parse_args()
-    seeds, base = (range(1), replace(BASE, epochs=(2,))) if args.quick else (range(3), BASE)
+    seeds, base = (range(1), replace(BASE, epochs=(2,))) if args.quick else (range(2), BASE)
     with tempfile.TemporaryDirectory(prefix='ablation-') as folder:
-        run = phantom_run(Path(folder)/'run', n_studies=16 if args.quick else 80)
+        run = phantom_run(Path(folder)/'run', n_studies=16 if args.quick else 48)
         run.write('split', split_patients(run.read('labels'), run.read('metadata'), valid=.2, test=.4))
         split = run.read('split')
         values = {}
@@ -54,8 +54,10 @@ if __name__=='__main__':
             recipe = replace(base, name=name, **fields)
             values[name] = {metric: measured(run, recipe, seeds, metric) for metric in METRICS}
             print(name, {metric: round(float(v[0].mean()), 4) for metric, v in values[name].items()}, flush=True)
-    rows = pd.DataFrame({name: line_of(values[name], values['base']) for name in values}).T.rename_axis('field')
-    note = f'{(split.split == "train").sum():,} training and {(split.split == "test").sum():,} test slices of {split[split.split == "test"].PatientID.nunique()} test patients, all synthetic; {len(seeds)} seeds; {base}'
+    labels = run.read('labels').loc[split.index]
+    k = split.PatientID[(split['split'] == 'test') & labels['any']].nunique()
+    rows = pd.DataFrame({name: line_of(values[name], values['base'], k) for name in values}).T.rename_axis('field')
+    note = f'{(split.split == "train").sum():,} training and {(split.split == "test").sum():,} test slices of {split[split.split == "test"].PatientID.nunique()} test patients ({k} with a bleed), all synthetic; {len(seeds)} seeds; {base}'
     lines = about('ablation', ('fastai', 'torch'), note)
     text = '\n\n'.join(['# What each habit of training gives on phantoms', *lines, 'Change: mean over seeds of the difference to `base`, with its 95 % interval by patient.', markdown(rows)])
     print(text)

@@ -93,12 +93,13 @@ def resampled(
 FEWEST = 4  # Patients with the label, below which there is no interval
 FEW = 20  # Patients, or patients with the label, below which an interval is called wide
 
-def _t(k): return stats.t.ppf(.975, k - 1)
+def _t(degrees): return stats.t.ppf(.975, degrees)
 
-def _share_interval(estimate, se, k):
-    "Wilson's interval for as many independent observations as have this standard error, with t for `k` patients"
-    if se == 0 or not 0 < estimate < 1: return _exact_interval(estimate, k)
-    n, t2 = estimate*(1 - estimate)/se**2, _t(k)**2
+def _share_interval(estimate, se, k, degrees):
+    "Wilson's interval for as many independent observations as have this standard error, with t; the exact one of `k` patients at 0 and 1"
+    if not 0 < estimate < 1: return _exact_interval(estimate, k)
+    if se == 0: return estimate, estimate  # As the AUROC of equal scores
+    n, t2 = estimate*(1 - estimate)/se**2, _t(degrees)**2
     middle = (estimate + t2/(2*n))/(1 + t2/n)
     half = np.sqrt(t2*(estimate*(1 - estimate)/n + t2/(4*n**2)))/(1 + t2/n)
     return max(0., middle - half), min(1., middle + half)
@@ -110,16 +111,21 @@ def _exact_interval(estimate, k):
     high = stats.beta.ppf(.975, yes + 1, k - yes) if yes < k else 1.
     return float(low), float(high)
 
-def _loss_interval(estimate, se, k):
+def _loss_interval(estimate, se, k, degrees):
     "By the logarithm, which has no upper end"
     if estimate <= 0: return estimate, estimate
-    factor = np.exp(_t(k)*se/estimate)
+    factor = np.exp(_t(degrees)*se/estimate)
     return estimate/factor, estimate*factor
 
-def _difference_interval(estimate, se, k): return estimate - _t(k)*se, estimate + _t(k)*se
+def _difference_interval(estimate, se, k, degrees): return estimate - _t(degrees)*se, estimate + _t(degrees)*se
 
 # %% ../nbs/30_evaluate.ipynb #c09a10c5
 _losses = 'log_loss', 'weighted_log_loss'
+_of_all = (*_losses, 'mse', 'accuracy', 'error_rate', 'accuracy_multi')
+
+def _degrees(metric, k):
+    "Degrees of freedom: of `k` patients, or twice as many where all patients count and those with the label count most"
+    return 2*k if metric in _of_all else k - 1
 
 def _rests_on(metric, p, t, cut):
     "The slices that a figure rests on, in groups; of each there must be patients"
@@ -140,11 +146,11 @@ def patients_behind(
     return min(predictions.PatientID[rows].nunique() for rows in groups)
 
 # %% ../nbs/30_evaluate.ipynb #3fe4ea0d
-def _interval(metric, estimate, se, k):
+def _interval(metric, estimate, se, k, degrees):
     interval = _loss_interval if metric in _losses else _share_interval
-    return interval(estimate, se, k)
+    return interval(estimate, se, k, degrees)
 
-def _of_differences(metric, estimate, se, k): return _difference_interval(estimate, se, k)
+def _of_differences(metric, *spread): return _difference_interval(*spread)
 
 def _note(n, k):
     if k < FEWEST: return f'no interval: {n} patients, {k} with the label'
@@ -158,7 +164,7 @@ def _judged_label(predictions, labels, metric, label, column, threshold, interva
     n, with_label = predictions.PatientID.nunique(), predictions.PatientID[labels.get(label, labels.any(axis=1))].nunique()
     k = patients_behind(predictions, labels, metric, label, threshold) if label in labels else with_label
     note = _note(n, min(k, with_label))
-    low, high = (np.nan, np.nan) if note.startswith('no interval') else interval(metric, estimate, se*np.sqrt(k/(k - 1)), k)
+    low, high = (np.nan, np.nan) if note.startswith('no interval') else interval(metric, estimate, se*np.sqrt(k/(k - 1)), k, _degrees(metric, k))
     return dict(estimate=estimate, low=low, high=high, note=note)
 
 def _judged(predictions, labels, metric, values, threshold, interval=_interval):
@@ -231,7 +237,7 @@ def plot_roc(
     auc, cuts = intervals(predictions, labels, n=n), pd.Series(threshold, index=list(LABELS), dtype=float)
     for label in _spoken(predictions, labels):
         p, t, row = predictions[label], labels[label], auc.loc[label]
-        interval = 'one patient' if np.isnan(row.low) else f'{row.low:.3f} to {row.high:.3f}'
+        interval = 'no interval' if np.isnan(row.low) else f'{row.low:.3f} to {row.high:.3f}'
         name, width = f'{label}  {row.estimate:.3f} ({interval})', 2.4 if label == 'any' else 1.3
         ax.plot(*roc_curve(t, p)[:2], color=COLORS[label], lw=width, label=name)
         if pd.notna(cuts[label]):
@@ -292,7 +298,7 @@ def calibration(
     def one(b):
         observed = metrics.recall(t*1., where == b, weights=draws)  # Of the bin's slices, the share that has the label
         k = len(np.unique(patient[where == b]))
-        low, high = _share_interval(observed[0], np.nanstd(observed[1:])*np.sqrt(k/max(k - 1, 1)), k) if k >= FEWEST else (np.nan, np.nan)
+        low, high = _share_interval(observed[0], np.nanstd(observed[1:])*np.sqrt(k/(k - 1)), k, k - 1) if k >= FEWEST else (np.nan, np.nan)
         return dict(observed=observed[0], low=low, high=high)
     return pd.DataFrame({b: one(b) for b in np.unique(where)}).T.assign(predicted=per_bin.mean(), rows=per_bin.size())
 
