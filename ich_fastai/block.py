@@ -11,7 +11,7 @@ import torch
 from fastcore.script import CliError
 from fastai.basics import Transform
 from fastai.data.block import TransformBlock
-from .recipes import Recipe
+from .recipes import Recipe, get_recipe
 from .dicom import freqhist_bins
 from .clean import crop, head_box, resized
 from .gray import slice_hu
@@ -51,9 +51,10 @@ class RecipeView(LookUp):
 
 def HUBlock(
     size:int=256, # Pixels
-    recipe:Recipe=Recipe('block'), # Its view and windows
+    recipe=Recipe('block'), # A name, a `Recipe` or a TOML file: its view and windows
     bins=None, # HU, of another model for view 'hist'; from the training slices where None
 )->TransformBlock:
     "CT slices from files, for fastai's DataBlock"
+    recipe = get_recipe(recipe)
     if recipe.view not in ('hist', 'windows'): raise CliError(f"view '{recipe.view}' needs the image store: use `make_dls`, or view 'hist' or 'windows'")
     return TransformBlock(type_tfms=get_hu, item_tfms=CleanSlice(size), batch_tfms=RecipeView(recipe, bins))

@@ -27,6 +27,7 @@ import fastai.vision.learner  # It registers how batches and results of images a
 from fastcore.basics import chunked
 from fastcore.foundation import L
 from fastcore.script import CliError
+from pydicom.dataset import Dataset
 from fastai.basics import Pipeline, Transform, default_device
 from fastai.data.core import DataLoaders, TfmdDL
 from fastai.data.transforms import MultiCategory, Normalize
@@ -34,7 +35,7 @@ from fastai.torch_core import Tensor, TensorBase, TensorImage, TensorMultiCatego
 from fastai.vision.core import imagenet_stats
 
 from ._threads import leave_core
-from .core import LABELS, WINDOWS, Run, ahead, keep_freed_memory, log, pick
+from .core import LABELS, WINDOWS, Run, ahead, keep_freed_memory, log, pick, printable
 from .recipes import Recipe, get_recipe
 from .dicom import freqhist_bins, hist_lut, window_lut
 from .series import series_codes
@@ -311,7 +312,7 @@ class SliceItem(NamedTuple):
     "What fastai's Interpretation hands back to look at a slice again"
     store:object
     position:int
-    target:Tensor # float32 [k]
+    target:Tensor # float32 [k]; None where it is not known
 
 class Slices:
     "Slices of the store and their targets, read a batch at a time"
@@ -319,7 +320,7 @@ class Slices:
     def __init__(self,
         store:Store,
         positions:np.ndarray, # [n], or [n, 3] with the neighbors
-        targets:Tensor, # float32 [n, k]
+        targets:Tensor, # float32 [n, k]; None where they are not known: batches are of images alone
         size:int, # Pixels
         vocab, # The k label names
         draws:Draws=None, # Of order and augmentation
@@ -353,7 +354,7 @@ class Slices:
     @property
     def c(self)->int: return len(self.vocab)
     @property
-    def items(self)->L: return L(map(SliceItem, [self.store]*len(self), self.centers.tolist(), self.targets))
+    def items(self)->L: return L(map(SliceItem, [self.store]*len(self), self.centers.tolist(), [None]*len(self) if self.targets is None else self.targets))
     @property
     def centers(self)->np.ndarray: return self.positions.reshape(len(self), -1)[:, self.positions.ndim - 1] # [n]
 
@@ -363,15 +364,17 @@ class Slices:
         "Several items by one read"
         positions = self.positions[which]
         hu = read_at(self.store, positions.ravel(), self.size)
-        return TensorHU(torch.from_numpy(hu.reshape(*positions.shape, *hu.shape[1:]))), TensorMultiCategory(self.targets[which])
+        images = TensorHU(torch.from_numpy(hu.reshape(*positions.shape, *hu.shape[1:])))
+        return (images,) if self.targets is None else (images, TensorMultiCategory(self.targets[which]))
 
-    def __getitem__(self, i:int):
-        hu, target = self.batch([i])
-        return hu[0], target[0]
+    def __getitem__(self, i:int): return tuple(x[0] for x in self.batch([i]))
 
     def decode(self, item, full=True):
-        x, target = item
-        return x, MultiCategory([SHORT[name] for name, t in zip(self.vocab, target) if t] or ['none'])
+        x, *target = item
+        return x, *self._names(target)
+
+    def _names(self, targets): # Of the labels, where they are known
+        for target in targets: yield MultiCategory([SHORT[name] for name, t in zip(self.vocab, target) if t] or ['none'])
 
 class SliceLoader(TfmdDL):
     "fastai's loader, reading the next batches from the store while the device works on this one"
@@ -543,20 +546,43 @@ class MemoryStore:
 
     def read(self, positions, size): return self.hu[size][positions]
 
+def _checked_hu(hu):
+    "An array that somebody gave, where it can be a slice"
+    if hu.ndim != 2 or min(hu.shape) < 16: raise CliError(f'an array of shape {[*hu.shape]} is no slice: give HU [rows, columns]')
+    if hu.dtype.kind not in 'if': raise CliError(f'an array of {hu.dtype} is no HU: give signed integers or floats')
+    if np.isnan(hu).any(): raise CliError('NaN among the HU: air is -1000, what lies outside of the scan -1024')
+    return hu
+
+def _hu_of(item):
+    "HU of a file or an array"
+    if isinstance(item, Tensor): item = item.numpy()
+    if isinstance(item, np.ndarray): return _checked_hu(item)
+    if not isinstance(item, (str, Path, Dataset)): raise CliError(f'{type(item).__name__} is no slice: give the path of a file, or HU [rows, columns]')
+    try: return slice_hu(item)
+    except (ValueError, OSError) as e: raise CliError(f'{"a dataset" if isinstance(item, Dataset) else item}: {printable(e)}') from e
+
+def _of_frame(frame):
+    "HU of each row of a frame of metadata"
+    lacks = [name for name in ('fname', 'frame', 'gray') if name not in frame]
+    if lacks: raise CliError(f'the frame has no column {lacks[0]}: give metadata as `read_metadata` makes it')
+    return [slice_hu(*row) for row in frame[['fname', 'frame', 'gray']].itertuples(index=False)]
+
 def slices_in_memory(
     items, # Paths of files, HU [rows, columns], or a frame of metadata
     largest:int, # Pixels of the store that the model learned from
 )->MemoryStore:
     "Slices from elsewhere, cleaned as those of the store"
-    if isinstance(items, pd.DataFrame): index, images = items, [slice_hu(*row) for row in items[['fname', 'frame', 'gray']].itertuples(index=False)]
+    if isinstance(items, pd.DataFrame): index, images = items, _of_frame(items)
     else:
-        images = [item if isinstance(item, np.ndarray) else slice_hu(item) for item in items]
+        images = [_hu_of(item) for item in items]
         index = pd.DataFrame(dict(SeriesInstanceUID=np.arange(len(images))))  # Each without neighbors
     if not len(images): raise CliError('no slices: give paths, arrays of HU, or a frame of metadata')
     cleaned = [clean_slice(image, largest)[1] for image in images]
     return MemoryStore(index, {size: np.array([one[size] for one in cleaned]) for size in store_sizes(largest)})
 
 # %% ../nbs/20_data.ipynb #936d5d7f
+def _is_position(item): return isinstance(item, (int, np.integer)) and not isinstance(item, bool)
+
 class HeadLoaders(DataLoaders):
     "fastai's pair of loaders, which know the data, the recipe and the bins that they were made of"
     def __init__(self, *loaders,
@@ -578,25 +604,36 @@ class HeadLoaders(DataLoaders):
     def test_dl(self,
         items, # Positions in the store, or paths of files, HU [rows, columns], a frame of metadata, or some of a loader's `items`
         bs:int=None, # Slices in a batch; that of validation where None
-        with_labels:bool=False, # With the targets of positions and items?
+        with_labels:bool=False, # With the targets of positions and items? Else images alone, and `get_preds` gives None for them
         **kwargs, # fastai's others do not concern slices
     )->SliceLoader: # In order
         "Other slices as the network sees them, for `get_preds(dl=...)`"
         store, positions, targets = self._found(items)
-        if not with_labels or targets is None: targets = np.zeros((len(positions), len(self.recipe.labels)))
+        if with_labels and targets is None: raise CliError('labels are known of the store alone: give positions')
+        targets = torch.as_tensor(targets, dtype=torch.float32) if with_labels else None
         rows = rows_read(self.recipe, store, positions)
-        slices = Slices(store, rows, torch.as_tensor(targets, dtype=torch.float32), self.size, self.recipe.labels, self.valid.dataset._draws, False, self.loss_func)
+        slices = Slices(store, rows, targets, self.size, self.recipe.labels, self.valid.dataset._draws, False, self.loss_func)
         return self.valid.new(slices, bs=bs or self.valid.bs, shuffle=False, drop_last=False)
 
     def _found(self, items):
         "(store, positions, targets) of what `test_dl` takes"
-        first = items[0] if isinstance(items, (list, tuple, L, np.ndarray)) and len(items) else None
-        if isinstance(first, SliceItem): return first.store, np.array([i.position for i in items]), torch.stack([i.target for i in items])
-        if np.ndim(first) == 0 and isinstance(first, (int, np.integer)):
-            positions = np.asarray(items)
+        if isinstance(items, (str, Path)): items = [items]
+        if isinstance(items, Tensor) and items.ndim == 1: items = items.numpy()
+        first = items[0] if isinstance(items, (list, tuple, L, range, np.ndarray)) and len(items) else None
+        if isinstance(first, SliceItem):
+            known = all(i.target is not None for i in items)
+            return first.store, np.array([i.position for i in items]), torch.stack([i.target for i in items]) if known else None
+        if _is_position(first):
+            positions = self._positions(items)
             return self.store, positions, self.data.targets(self.recipe)[positions]
         store = slices_in_memory(items, max(self.store.sizes))
         return store, np.arange(len(store.index)), None
+
+    def _positions(self, items):
+        if not all(map(_is_position, items)): raise CliError('positions and other slices do not mix: give one or the other')
+        positions, n = np.asarray(items), len(self.store)
+        if positions.min() < -n or positions.max() >= n: raise CliError(f'{self.store} has {n:,} slices: give positions of 0 to {n - 1}')
+        return positions
 
     def add_tfms(self, tfms, event, loaders=None):
         "As fastai's; ImageNet's statistics, which `vision_learner` adds, are there already"

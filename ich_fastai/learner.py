@@ -27,14 +27,15 @@ from fastai.callback import progress as _bars, schedule as _schedule  # They add
 from fastai.interpret import ClassificationInterpretation
 from fastai.metrics import AccumMetric
 from fastai.optimizer import Adam, OptimWrapper
+from fastai.torch_core import TensorMultiCategory
 from torch.amp import GradScaler
 
 from ._threads import own_cores
 from .core import LABELS, on_screen, pick, progress, stage_bar, show_progress
 from .recipes import Recipe, changed_recipe, get_recipe
-from .loss import LabelLoss, probabilities
+from .loss import LabelLoss, labels_called, probabilities
 from .metrics import accuracy_multi, auroc, recall, weighted_log_loss
-from .data import HeadLoaders, make_dls
+from .data import HeadLoaders, SliceLoader, make_dls
 from .models import create_model, full_precision, parameter_groups, precision_on
 
 # %% ../nbs/22b_learner.ipynb #cf9e4fb1
@@ -86,13 +87,18 @@ class HeadLearner(Learner):
         with_input:bool=False, # Also what the network saw?
         **kwargs, # fastai's others do not concern slices
     )->tuple: # (labels called, bool [k], probabilities [k]), as fastai's
-        "What the network predicts for one slice; labels from the recipe's threshold on"
+        "What the network predicts for one slice; labels above the recipe's threshold, or the most probable of classes that exclude each other"
         if not self._of_slices: return super().predict(item, with_input=with_input, **kwargs)
         dl = self.dls.test_dl([item])
         with full_precision(self.model): said = self.get_preds(dl=dl)[0][0]
-        called = said >= self.dls.recipe.threshold
-        found = L(name for name, yes in zip(self.dls.vocab, called) if yes), called, said
+        yes = labels_called(said, self.dls.recipe.threshold, self.dls.recipe.softmax)
+        found = L(name for name, one in zip(self.dls.vocab, yes) if one), yes, said
         return (dl.one_batch()[0][0], *found) if with_input else found
+
+    def get_preds(self, ds_idx=1, dl=None, with_loss=False, **kwargs): # As fastai's
+        unlabelled = isinstance(dl, SliceLoader) and dl.dataset.targets is None
+        if with_loss and unlabelled: raise CliError('these slices have no labels: make their loader with `test_dl(positions, with_labels=True)`')
+        return super().get_preds(ds_idx, dl, with_loss=with_loss, **kwargs)
 
     def fit(self, *args, **kwargs): # As fastai's
         if self.opt is not None and not self._trains_the_model(): self.create_opt()
@@ -168,7 +174,8 @@ def make_learner(
     "The recipe as a fastai Learner, at its start: nothing trained, body frozen where the recipe says so; what it saves goes to `by_hand/` in the model's folder"
     recipe = get_recipe(recipe)
     if recipe.kind != 'cnn': raise CliError(f"recipe '{recipe.name}' is no network of its own ({recipe.kind}): use `run_recipe`")
-    for name in own: pick(name, _of_learner, 'argument')
+    for name in own: pick(name, _arguments, 'argument')
+    if model is not None and not isinstance(model, nn.Module): raise CliError(f'model is a {type(model).__name__}: give a module, or the name of a network as `arch`')
     recipe = changed_recipe(recipe, f'-{arch}', arch=arch) if arch else recipe
     dls = _loaders(run, recipe, size, bs, seed)
     set_seed(seed)
@@ -179,7 +186,7 @@ def make_learner(
     if recipe.frozen_epochs or recipe.frozen: learn.freeze()
     return learn
 
-_of_learner = 'loss_func', 'opt_func', 'metrics', 'cbs', 'lr', 'wd', 'wd_bn_bias', 'train_bn', 'moms'
+_arguments = 'seed', 'size', 'bs', 'arch', 'model', 'loss_func', 'opt_func', 'metrics', 'cbs', 'lr', 'wd', 'wd_bn_bias', 'train_bn', 'moms'
 
 # %% ../nbs/22b_learner.ipynb #f81301dc
 def _called(interp):
@@ -187,9 +194,11 @@ def _called(interp):
     _, targets, decoded = interp.learn.get_preds(dl=interp.dl, with_decoded=True, act=interp.act)
     return decoded.numpy().astype(bool), targets.numpy().astype(bool)
 
-def _one_of_several(learn): return learn.dls.recipe.softmax and len(learn.dls.vocab) > 1
+def _one_of_several(learn): return getattr(learn.loss_func, 'softmax', False) and len(learn.dls.vocab) > 1
 
-def _several(learn): return isinstance(learn.dls, HeadLoaders)
+def _several(learn):
+    "Whether each label holds or not: in our loaders, and in those of fastai's MultiCategoryBlock"
+    return isinstance(learn.dls, HeadLoaders) or isinstance(learn.dls.valid_ds[0][-1], TensorMultiCategory)
 
 @patch
 def confusion_matrix(self:ClassificationInterpretation):
