@@ -402,7 +402,7 @@ def _seeds(models):
 
 def _top(run, board, models):
     about = f"Data: {source_kind(run)}. {_seeds(models)}. Written {date.today():%d %B %Y} with ich_fastai. "
-    intervals = ('Every interval is a 95 % bootstrap interval by patient: patients are drawn again with all their slices, since the slices of '
+    intervals = ('Every interval is a 95 % interval by patient, with its standard error from drawing patients again with all their slices, as the slices of '
                  'one are nearly alike.')
     return Header(P('Research use, not a medical device', cls='use'), H1('Bleeding on head CT: ', Span(f'{len({name for name, _ in models.values()})} recipes compared')),
                   *banners(run), *[P(s, cls='lead') for s in _findings(board)], P(_weights(run, models)), P(about + intervals))
