@@ -499,12 +499,16 @@ def _charts(p, t, recipe, cuts, n):
     if cuts.notna().any(): yield plot_confusion(p, t, cuts), 'Confusion at the thresholds chosen on valid'
     yield plot_calibration(p, t, n), 'Calibration: what was said against what is so'
 
+def _cuts(recipe, predictions, labels):
+    "Thresholds by label, chosen on the validation slices of the recipe's kind"
+    return operating_points(*of_kind(recipe, *of_split(predictions, labels, 'valid'))).threshold
+
 def _recipe(run, shown, name, seed, store, labels, n):
     "A recipe: how it was trained, how it does, what it gets wrong, and its record"
     folder = run.model(name, seed)
     recipe, result, predictions = read_recipe(folder/'recipe.toml'), _result(folder), pd.read_parquet(folder/'predictions.parquet')
     def part(split, kept=False): return of_kind(recipe, *of_split(predictions, labels, split, kept))
-    cuts = operating_points(*part('valid')).threshold
+    cuts = _cuts(recipe, predictions, labels)
     facts, curves = {v: result[k] for k, v in _facts.items() if result.get(k) is not None}, plot_training(folder)
     charts = [inline(*c) for c in _charts(*part('test'), recipe, cuts, n)]
     note = f'Judged on {recipe.slices} test slices. The pictures: kept ones in the brain window, a slice a study; yes and no by the thresholds chosen on valid.'

@@ -444,6 +444,7 @@ def make_loader(
     "A loader over any slices: for training where `seed` is given, otherwise in order, for prediction"
     if targets is None: targets = np.zeros((len(positions), len(recipe.labels)))
     rows = rows_read(recipe, store, positions)
+    _check_items(item_tfms, size, recipe.n_channels)
     device, train = torch.device(device or default_device()), seed is not None
     if device.type == 'cpu': keep_freed_memory()
     draws = Draws(seed or 0)
@@ -462,6 +463,15 @@ def _steps(recipe, bins, draws, item_tfms, batch_tfms):
     if any(moves.values()): steps.append(Turn(draws, **moves))
     if recipe.blur: steps.append(Blur(draws, recipe.blur, recipe.blur_max))
     return steps
+
+def _check_items(item_tfms, size, n_channels):
+    "Refuse what resizes PIL images alone: on a slice it would do nothing, and say nothing"
+    for tfm in L(item_tfms):
+        wanted = getattr(tfm, 'size', None)
+        if not isinstance(wanted, tuple) or wanted == (size, size): continue
+        made = Pipeline([tfm])(TensorCT(torch.zeros(n_channels, size, size)))
+        if made.shape[-2:] != (size, size): continue
+        raise CliError(f'{type(tfm).__name__} resizes PIL images, and leaves slices as they are: give `size`, or `batch_tfms=aug_transforms(size=...)`')
 
 class EachItem(OfPictures):
     "fastai's transforms of items, each slice of a batch by itself"
