@@ -568,14 +568,18 @@ def _hu_of(item):
     if isinstance(item, Tensor): item = item.numpy()
     if isinstance(item, np.ndarray): return _checked_hu(item)
     if not isinstance(item, (str, Path, Dataset)): raise CliError(f'{type(item).__name__} is no slice: give the path of a file, or HU [rows, columns]')
-    try: return slice_hu(item)
+    return _read_hu(item)
+
+def _read_hu(item, *rest):
+    "`slice_hu`, whose errors name the file"
+    try: return slice_hu(item, *rest)
     except (ValueError, OSError) as e: raise CliError(f'{"a dataset" if isinstance(item, Dataset) else item}: {printable(e)}') from e
 
 def _of_frame(frame):
     "HU of each row of a frame of metadata"
     lacks = [name for name in ('fname', 'frame', 'gray') if name not in frame]
     if lacks: raise CliError(f'the frame has no column {lacks[0]}: give metadata as `read_metadata` makes it')
-    return [slice_hu(*row) for row in frame[['fname', 'frame', 'gray']].itertuples(index=False)]
+    return [_read_hu(*row) for row in frame[['fname', 'frame', 'gray']].itertuples(index=False)]
 
 def slices_in_memory(
     items, # Paths of files, HU [rows, columns], or a frame of metadata

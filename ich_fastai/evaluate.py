@@ -97,19 +97,17 @@ def _t(degrees): return stats.t.ppf(.975, degrees)
 
 def _share_interval(estimate, se, k, degrees):
     "Wilson's interval for as many independent observations as have this standard error, with t; the exact one of `k` patients at 0 and 1"
-    if not 0 < estimate < 1: return _exact_interval(estimate, k)
+    if not 0 < estimate < 1: return _one_sided(estimate, k)
     if se == 0: return estimate, estimate  # As the AUROC of equal scores
     n, t2 = estimate*(1 - estimate)/se**2, _t(degrees)**2
     middle = (estimate + t2/(2*n))/(1 + t2/n)
     half = np.sqrt(t2*(estimate*(1 - estimate)/n + t2/(4*n**2)))/(1 + t2/n)
     return max(0., middle - half), min(1., middle + half)
 
-def _exact_interval(estimate, k):
-    "Clopper and Pearson's for `k` patients, of whom the share `estimate` counts"
-    yes = estimate*k
-    low = stats.beta.ppf(.025, yes, k - yes + 1) if yes > 0 else 0.
-    high = stats.beta.ppf(.975, yes + 1, k - yes) if yes < k else 1.
-    return float(low), float(high)
+def _one_sided(estimate, k):
+    "Clopper and Pearson's where all of `k` patients count, or none"
+    reach = 1 - .025**(1/k)
+    return (0., reach) if estimate <= 0 else (1 - reach, 1.)
 
 def _loss_interval(estimate, se, k, degrees):
     "By the logarithm, which has no upper end"
@@ -152,9 +150,11 @@ def _interval(metric, estimate, se, k, degrees):
 
 def _of_differences(metric, *spread): return _difference_interval(*spread)
 
-def _note(n, k):
-    if k < FEWEST: return f'no interval: {n} patients, {k} with the label'
-    return f'only {n} patients, {k} with the label' if min(n, k) < FEW else ''
+def _note(n, with_label, k):
+    "What to know of an interval of `n` patients, of whom the figure rests on `k`"
+    found = f'{n} patients, {with_label} with the label' if with_label <= k else f'{n} patients, the figure rests on {k}'
+    if min(with_label, k) < FEWEST: return f'no interval: {found}'
+    return f'only {found}' if min(with_label, k) < FEW else ''
 
 def _judged_label(predictions, labels, metric, label, column, threshold, interval):
     "Estimate, interval and note of a label, or of all of them"
@@ -163,7 +163,7 @@ def _judged_label(predictions, labels, metric, label, column, threshold, interva
     if np.isnan(estimate) or np.isnan(se): return dict(estimate=estimate, **empty, note='not defined here')
     n, with_label = predictions.PatientID.nunique(), predictions.PatientID[labels.get(label, labels.any(axis=1))].nunique()
     k = patients_behind(predictions, labels, metric, label, threshold) if label in labels else with_label
-    note = _note(n, min(k, with_label))
+    note = _note(n, with_label, k)
     low, high = (np.nan, np.nan) if note.startswith('no interval') else interval(metric, estimate, se*np.sqrt(k/(k - 1)), k, _degrees(metric, k))
     return dict(estimate=estimate, low=low, high=high, note=note)
 

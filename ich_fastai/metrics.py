@@ -37,9 +37,9 @@ class Draws:
         of_patients = np.stack([np.bincount(self.patient, column, self.times.shape[1]) for column in columns], axis=1)
         return (self.times @ of_patients).reshape(len(self.times), *x.shape[1:])
 
-    def rows(self, few=50):
-        "The weights of all slices, [few, n] at a time"
-        for start in range(0, len(self.times), few): yield self.times[start:start + few][:, self.patient]
+    def rows(self, order=slice(None), few=50):
+        "The weights of slices in an order, [few, n] at a time"
+        for start in range(0, len(self.times), few): yield self.times[start:start + few][:, self.patient[order]]
 
 def _total(x, weights):
     "Sum over slices, or a weighted one"
@@ -137,22 +137,21 @@ def _by_label(one, p, t, weights):
     if p.ndim == 1: return one(p, t, weights)
     return np.stack([one(p[:, j], t[:, j], weights) for j in range(p.shape[1])], axis=-1)
 
-def _in_rows(one, n, weights):
-    "What `one` gives for [rows, n] weights: a number where there is one row, else one a resample"
-    if isinstance(weights, Draws): return np.concatenate([one(w) for w in weights.rows()])
-    return one(np.ones((1, n)) if weights is None else np.asarray(weights, dtype=np.float64)[None])[0]
+def _in_rows(one, order, weights):
+    "What `one` gives for the weights [rows, n] of slices in an order: a number where there is one row, else one a resample"
+    if isinstance(weights, Draws): return np.concatenate([one(w) for w in weights.rows(order)])
+    return one(np.ones((1, len(order))) if weights is None else np.asarray(weights, dtype=np.float64)[None, order])[0]
 
 def _auroc(p, t, weights):
-    negatives = np.sort(p[~t])
-    order = np.flatnonzero(~t)[np.argsort(p[~t])]
-    left, right = (np.searchsorted(negatives, p[t], side) for side in ('left', 'right'))
+    ranked, n = np.flatnonzero(~t)[np.argsort(p[~t])], (~t).sum()  # The negatives, lowest first
+    left, right = (np.searchsorted(p[ranked], p[t], side) for side in ('left', 'right'))
     def one(w):
-        below = np.zeros((len(w), len(negatives) + 1))
-        np.cumsum(w[:, order], axis=1, out=below[:, 1:])  # Weight of the negatives below a score
-        wins = (w[:, t]*(below[:, left] + below[:, right])).sum(1)/2
-        pairs = w[:, t].sum(1)*below[:, -1]
+        below = np.zeros((len(w), n + 1))
+        np.cumsum(w[:, :n], axis=1, out=below[:, 1:])  # Weight of the negatives below a score
+        wins = (w[:, n:]*(below[:, left] + below[:, right])).sum(1)/2
+        pairs = w[:, n:].sum(1)*below[:, -1]
         return np.divide(wins, pairs, out=np.full(len(w), np.nan), where=pairs > 0)
-    return _in_rows(one, len(p), weights)
+    return _in_rows(one, np.concatenate([ranked, np.flatnonzero(t)]), weights)
 
 def auroc(
     probabilities, # [n, k] or [n]; any score that is higher where the label holds
@@ -167,11 +166,11 @@ def _average_precision(p, t, weights):
     order = np.argsort(-p, kind='stable')
     ends = np.flatnonzero(np.append(np.diff(p[order]) != 0, True))  # Slices of one score are called together
     def one(w):
-        hits, calls = (np.cumsum(x, axis=1)[:, ends] for x in (w[:, order]*t[order], w[:, order]))
+        hits, calls = (np.cumsum(x, axis=1)[:, ends] for x in (w*t[order], w))
         precise = np.divide(hits, calls, out=np.zeros(hits.shape), where=calls > 0)
         found = (np.diff(hits, axis=1, prepend=0)*precise).sum(1)
         return np.divide(found, hits[:, -1], out=np.full(len(w), np.nan), where=hits[:, -1] > 0)
-    return _in_rows(one, len(p), weights)
+    return _in_rows(one, order, weights)
 
 def average_precision(
     probabilities, # [n, k] or [n]; any score that is higher where the label holds
