@@ -150,12 +150,14 @@ def read_board(
 
 def _with_texts(board): return board.assign(**{name: board[name].fillna('') if name in board else '' for name in _texts})
 
+_way = 'standard error, Wilson, t'  # How intervals are made; rows of another way are judged anew
+
 def _judged_on(run, name, seed, n, bright):
     "A hash of all that the rows of a model were made of"
     files = [run.model(name, seed)/'predictions.parquet', *(run.file(frame) for frame in ('labels', 'split', 'index'))]
     if bright: files.append(run.model(*bright[:2])/'predictions.parquet')
     parts = [hashlib.blake2b(f.read_bytes()).digest() if f.exists() else b'' for f in files]
-    return hashlib.blake2b(b''.join(parts) + str(n).encode(), digest_size=8).hexdigest()
+    return hashlib.blake2b(b''.join(parts) + f'{n} {_way}'.encode(), digest_size=8).hexdigest()
 
 def _earlier(run, now):
     "The rows of the board but for those of the (recipe, seed) that are compared `now`"
@@ -374,15 +376,16 @@ def _with(row, name):
     return f'{estimate} ({interval or "no interval"})'
 
 def _chosen(rows):
-    "The best on the validation patients; the best on test would be told too high"
-    on_valid = rows.get('valid_auroc_any', pd.Series(np.nan, rows.index))  # Boards of earlier versions have none
-    return rows.loc[on_valid.idxmax() if on_valid.notna().any() else rows.index[0]]
+    "The best on the validation patients, by name where several are; the best on test would be told too high. None where valid cannot tell"
+    known = rows[rows.valid_auroc_any.notna()] if 'valid_auroc_any' in rows else rows[:0]
+    return None if known.empty else known.sort_values(['valid_auroc_any', 'recipe'], ascending=[False, True]).iloc[0]
 
 def _findings(board):
     "The result in sentences; none about the best where there is no interval"
     rows = board[(board.board == 'any') & (board.slices == 'all') & (board.kind != 'reference')]
     if rows.empty: return ['No recipe could be judged.']
     best = _chosen(rows)
+    if best is None: return ['No recipe could be chosen: the validation patients all bleed, or none does. Give valid more patients.']
     if pd.isna(best.auroc_any_low):
         return [f'Too few patients to judge: {best.note or f"{int(best.n_patients):,} patients in test"}. No figure here tells one recipe from another.']
     by_study = f' by study {_with(best, "study_auroc_any")},' if pd.notna(best.study_auroc_any_low) else ''
