@@ -18,7 +18,7 @@ import pandas as pd
 from PIL import Image
 from fastcore.script import CliError
 from .core import WINDOWS, check_options, disk_errors, in_order, keep_memory_in_dask, only_one, pick, printable, progress, sweep, write_whole
-from .dicom import HU_MAX, HU_MIN, MAX_MB, hist_lut, hu, window_lut
+from .dicom import HU_MAX, HU_MIN, MAX_MB, hist_lut, window_lut
 from .gray import slice_hu, windows_of
 from .series import in_use
 from .metadata import MIN_BRAIN, _listed, _path, _stamp, read_metadata

@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['LABELS', 'TYPES', 'Window', 'WINDOWS', 'IMAGE_COLUMNS', 'log', 'pick', 'printable', 'without_suffix', 'short_names',
-           'table_format', 'plain_name', 'disk_errors', 'write_whole', 'sweep', 'first_process', 'show_progress',
-           'on_screen', 'say', 'unheard', 'stage_bar', 'progress', 'ahead', 'check_options', 'in_order', 'hardware',
-           'versions', 'keep_freed_memory', 'give_back_memory', 'keep_memory_in_dask', 'cluster', 'only_one', 'Run']
+           'table_format', 'plain_name', 'disk_errors', 'write_whole', 'write_folder', 'sweep', 'first_process',
+           'show_progress', 'on_screen', 'say', 'unheard', 'stage_bar', 'progress', 'ahead', 'check_options',
+           'in_order', 'hardware', 'versions', 'keep_freed_memory', 'give_back_memory', 'keep_memory_in_dask',
+           'cluster', 'only_one', 'Run']
 
 # %% ../nbs/00_core.ipynb #219b6a56
-import codecs, errno, json, logging, os, platform, re, secrets
+import codecs, errno, json, logging, os, platform, re, secrets, shutil
 from collections import deque, namedtuple
 from contextlib import contextmanager
 from difflib import get_close_matches
-from functools import lru_cache, partial
+from functools import lru_cache
 from importlib.metadata import version, PackageNotFoundError
 from pathlib import Path
 
@@ -115,11 +116,29 @@ def write_whole(
             os.replace(part, path)
         finally: part.unlink(missing_ok=True)
 
+@contextmanager
+def write_folder(
+    path, # The final name of a folder; missing folders above it are made
+):
+    "`write_whole` for a folder: what stood there before stays until the new one is whole"
+    path = Path(path)
+    part, old = (path.with_name(f'.{path.name}.{secrets.token_hex(4)}.{kind}') for kind in ('part', 'old'))
+    with disk_errors(path):
+        part.mkdir(parents=True)
+        try:
+            yield part
+            if path.exists(): path.rename(old)
+            part.rename(path)
+        finally: shutil.rmtree(part, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+
 def sweep(
     folder, # And all below it
 ):
     "Remove what a killed run left half written"
-    for part in Path(folder).rglob('.*.part'): part.unlink(missing_ok=True)
+    for part in [*Path(folder).rglob('.*.part')]:
+        if part.is_dir(): shutil.rmtree(part, ignore_errors=True)
+        else: part.unlink(missing_ok=True)
 
 # %% ../nbs/00_core.ipynb #d5abb6e5
 def first_process()->bool: # The only one, where no others were started with it
@@ -389,7 +408,9 @@ class Run:
         path, # The folder; a `Run` is taken as it is
         create:bool=False, # Make the folder where it is missing?
     ):
-        self.path = Path(getattr(path, 'path', path))
+        path = getattr(path, 'path', path)
+        if not isinstance(path, (str, os.PathLike)): raise CliError(f'a run folder is wanted, not {path!r:.60}: give its path')
+        self.path = Path(path)
         if create and not self.path.exists():
             with disk_errors(self.path): self.path.mkdir(parents=True, exist_ok=True)
         if self.path.is_file(): raise CliError(f'{self.path} is a file: name a folder, a new one or a run folder')

@@ -158,8 +158,15 @@ def _check_fit(learn):
         try: learn.loss_func(said, y)
         except wrong as e:
             raise CliError(f'outputs {[*said.shape[1:]]} and the loss do not fit these loaders, which have {theirs} ({str(e).splitlines()[0]}): give another '
-                           'model, or a loss for several labels such as `FocalBCELossFlat`') from e
+                           "model, or a loss for several labels such as fastai's `BCEWithLogitsLossFlat` or our `FocalBCELossFlat`") from e
     learn.model.train()
+
+def _check_own(own):
+    "Refuse arguments that fastai's Learner does not know, and a name where a function is wanted"
+    for name, value in own.items():
+        pick(name, _arguments, 'argument')
+        for one in L(value):
+            if isinstance(one, str): raise CliError(f"{name}: '{one}' is a name, a function or an object is wanted: import it, as from fastai.vision.all")
 
 def make_learner(
     run, # A run folder, its `Data`, or fastai's DataLoaders, ours or others
@@ -174,7 +181,7 @@ def make_learner(
     "The recipe as a fastai Learner, at its start: nothing trained, body frozen where the recipe says so; what it saves goes to `by_hand/` in the model's folder"
     recipe = get_recipe(recipe)
     if recipe.kind != 'cnn': raise CliError(f"recipe '{recipe.name}' is no network of its own ({recipe.kind}): use `run_recipe`")
-    for name in own: pick(name, _arguments, 'argument')
+    _check_own(own)
     if model is not None and not isinstance(model, nn.Module): raise CliError(f'model is a {type(model).__name__}: give a module, or the name of a network as `arch`')
     recipe = changed_recipe(recipe, f'-{arch}', arch=arch) if arch else recipe
     dls = _loaders(run, recipe, size, bs, seed)

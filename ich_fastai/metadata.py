@@ -7,7 +7,7 @@ __all__ = ['MIN_BRAIN', 'LOOK_AT_ONCE', 'ROW_GROUP', 'CELLS', 'MAX_COLUMNS', 'fi
            'read_metadata', 'frames_of_rows', 'write_series']
 
 # %% ../nbs/11_metadata.ipynb #41c2cdb7
-import hashlib, json, os, re, secrets, tempfile, zipfile
+import hashlib, json, os, re, secrets, tempfile
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from .core import disk_errors, in_order, keep_memory_in_dask, log, printable, pr
 from .dicom import hu, slice_rows
 from .gray import GrayFile, bone_level, gray_rows, read_gray
 from .series import (_orientation, _position, _vector_names, BONE, SERIES_COLUMNS, TALL, Sight, choose, find_stacks, head_order,
-    look, look_at, no_head, series_facts, series_frame, slice_z, slices_in_use, where_to_look)
+    look, look_at, no_head, series_facts, series_frame, slices_in_use, where_to_look)
 
 # %% ../nbs/11_metadata.ipynb #e9126a5f
 def _is_archive(path): return path.lower().endswith('.zip') and os.path.isfile(path)

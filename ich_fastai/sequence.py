@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from fastai.basics import DataLoaders, default_device
 from fastai.torch_core import TensorMultiCategory
 
-from .core import Run, progress, sweep, write_whole
+from .core import progress, sweep, write_whole
 from .recipes import Recipe
 from .series import series_codes
 from .data import Draws, SliceLoader, as_data, make_loader

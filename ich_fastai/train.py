@@ -25,10 +25,10 @@ from safetensors.torch import load_file
 from ._threads import own_cores
 from .core import first_process, say, show_progress
 from .recipes import Recipe, Stage, get_recipe, stages
-from .data import Data, HeadLoaders, as_data, make_dls
+from .data import HeadLoaders, as_data, make_dls
 from .models import load_weights
-from .learner import find_lr, learner_for, make_learner, memory_errors, predict, training_bar
-from .checkpoints import Checkpoint, History, Kept, LiveFigure, SameData, StepLosses, changed, cut_logs, depends_on, fingerprint, judged, read_checkpoint, same_data
+from .learner import find_lr, make_learner, memory_errors, predict, training_bar
+from .checkpoints import Checkpoint, History, Kept, LiveFigure, SameData, StepLosses, cut_logs, fingerprint, judged, read_checkpoint, same_data
 
 # %% ../nbs/23_train.ipynb #166d1f34
 _all_ = ['make_learner', 'predict', 'find_lr', 'read_checkpoint']
@@ -104,9 +104,10 @@ def recipe_cbs(
     recipe:Recipe,
 )->list: # fastai callbacks
     "What the recipe asks for beside its schedule"
-    wanted = dict(clip=lambda: GradientClip(recipe.clip), ema=lambda: AverageWeights(recipe.ema))
-    best = [BestEpoch(recipe.best_epoch, recipe.patience)] if recipe.best_epoch or recipe.patience else []
-    return [make() for field, make in wanted.items() if getattr(recipe, field)] + best
+    cbs = [GradientClip(recipe.clip)] if recipe.clip else []
+    if recipe.ema: cbs.append(AverageWeights(recipe.ema))
+    if recipe.best_epoch or recipe.patience: cbs.append(BestEpoch(recipe.best_epoch, recipe.patience))
+    return cbs
 
 # %% ../nbs/23_train.ipynb #5cbed24e
 class StopOnNaN(Callback):
