@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from ich_fastai.intake import phantom_run
-from ich_fastai.evaluate import _difference_interval, of_split, resampled
+from ich_fastai.evaluate import difference_interval, of_split, resampled
 from ich_fastai.labels import split_patients
 from ich_fastai.recipes import Recipe
 from ich_fastai.run import run_recipe
@@ -30,7 +30,7 @@ def line_of(ours, base, k): # By metric the mean over seeds, and of its differen
     cells = {}
     for metric, called in METRICS.items():
         change = (ours[metric] - base[metric]).mean(1)
-        low, high = _difference_interval(change[0], change[1:].std()*np.sqrt(k/(k - 1)), k, k - 1)
+        low, high = difference_interval(change[0], change[1:].std()*np.sqrt(k/(k - 1)), k, k - 1)
         cells |= {called: f'{ours[metric][0].mean():.4f}', f'change of {called}': f'{change[0]:+.4f} ({low:+.4f} to {high:+.4f})'}
     return cells
 
