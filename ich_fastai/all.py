@@ -19,6 +19,7 @@ from .explore import *
 from .page import *
 from .intake import *
 from .loss import *
+from .study import *
 from .data import *
 from .block import *
 from .models import *

@@ -16,12 +16,13 @@ import numpy as np
 import pandas as pd
 import matplotlib.pyplot as plt
 from fastcore.script import CliError
-from fastcore.xml import Div, H1, H2, H3, Header, P, Pre, Section, Span, to_xml
+from fastcore.xml import Div, H1, H2, H3, Header, P, Pre, Section, Span
 from .core import LABELS, TYPES, Run, check_options, first_process, log, only_one, printable, say, show_progress, write_whole
 from .recipes import Recipe, concerns, finder, get_recipe, read_recipe
 from .labels import check_patients, subset
 from .clean import Store
 from .explore import PLAIN
+from .study import StudyRule
 from .page import banners, data_charts, inline, is_phantom, page, sides_table, slice_charts, slice_figure, source_kind, table
 from .evaluate import (FEW, FEWEST, by_study, difference, intervals, of_split, operating_points, plot_calibration, plot_confusion,
                                  plot_roc, with_any)
@@ -73,15 +74,17 @@ def any_row(
     kept:bool=False, # Only slices with enough brain?
     n:int=1000, seed:int=0, # Resamples of the patients
     bright:pd.DataFrame=None, # Predictions of bright_pixels, to compare with
+    rule:StudyRule=StudyRule(), # What a study is told, from the model's result
 )->dict: # A row of the board
     "How a recipe tells slices with a bleed from slices without"
+    studies, study_labels = by_study(*of_split(predictions, labels), rule)
     predictions, source = with_any(predictions)
     p, t = of_split(predictions, labels, 'test', kept)
-    row, kw = dict(test_slices='all', any_from=source, **_counts(p, t)), dict(n=n, seed=seed, threshold=recipe.threshold)
+    row, kw = dict(test_slices='all', any_from=source, study_rule=rule.kind, **_counts(p, t)), dict(n=n, seed=seed, threshold=recipe.threshold)
     t = t[['any']]
     for metric in 'auroc', 'accuracy', 'error_rate', 'recall', 'precision', 'log_loss':
         _put(row, f'{metric}_any', intervals(p, t, metric, **kw).loc['any'])
-    _put(row, 'study_auroc_any', intervals(*by_study(p, t), 'auroc', n, seed).loc['any'])
+    _put(row, 'study_auroc_any', intervals(with_any(studies)[0], study_labels[['any']], 'auroc', n, seed).loc['any'])
     valid_p, valid_t = of_split(predictions, labels, 'valid', kept)
     _put(row, 'valid_auroc_any', intervals(valid_p, valid_t[['any']], 'auroc', n, seed).loc['any'])
     row['threshold_any'] = operating_points(valid_p, valid_t).threshold['any']
@@ -113,10 +116,11 @@ def _rows(run, recipe, predictions, labels, seed, n, bright, name=None, kind=Non
     result = {} if name else _result(run.model(recipe.name, seed))
     costs = {k: result.get(k) for k in ('parameters', 'seconds', 'images_per_second')}
     about = dict(recipe=name or recipe.name, kind=kind or recipe.kind, task=recipe.task, seed=seed, **costs)
+    rule = StudyRule(**result.get('study_rule', {}))
     for kept in (False, True):
         same = dict(slices='kept' if kept else 'all', **about)
         yield dict(board='own task', **same, **own_row(recipe, *of_split(predictions, labels, 'test', kept), n))
-        yield dict(board='any', **same, **any_row(recipe, predictions, labels, kept, n, bright=bright))
+        yield dict(board='any', **same, **any_row(recipe, predictions, labels, kept, n, bright=bright, rule=rule))
 
 def _references(run, recipe, predictions, labels, n):
     "The prevalence's rows for the recipe's own task, and for `any`"
@@ -137,7 +141,7 @@ def sort_board(
     return order.drop(columns=list(keys)).reset_index(drop=True).copy()  # In one piece
 
 # %% ../nbs/32_compare.ipynb #827c66db
-_texts = dict.fromkeys(('error', 'note', 'slices', 'test_slices', 'judged_on'), '')
+_texts = dict.fromkeys(('error', 'note', 'slices', 'test_slices', 'judged_on', 'study_rule'), '')
 
 def read_board(
     run:Run,
@@ -150,7 +154,7 @@ def read_board(
 
 def _with_texts(board): return board.assign(**{name: board[name].fillna('') if name in board else '' for name in _texts})
 
-_way = 'standard error, Wilson, t'  # How intervals are made; rows of another way are judged anew
+_way = 'standard error, Wilson, t; rule for studies'  # How figures are made; rows of another way are judged anew
 
 def _judged_on(run, name, seed, n, bright):
     "A hash of all that the rows of a model were made of"
@@ -417,7 +421,7 @@ def _figures(rows, columns, caption='', about=('slices',)):
         reference = r.kind == 'reference'
         own = {k.replace('_', ' '): '' if reference and k == 'any_from' else r[k] for k in about}
         return dict(recipe=r.recipe, **own, **{k: _ci(r, v) for k, v in columns.items() if v in rows}, _cls='reference' if reference else None)
-    return table([one(r) for _, r in rows.iterrows()], caption, ('recipe', 'slices', 'any from'))
+    return table([one(r) for _, r in rows.iterrows()], caption, ('recipe', 'slices', 'any from', 'study rule'))
 
 _ranking = {'AUROC': 'auroc_any', 'AUROC on valid': 'valid_auroc_any', 'over bright_pixels': 'over_bright_pixels', 'AUROC by study': 'study_auroc_any',
             'log loss': 'log_loss_any', 'sensitivity*': 'sensitivity_at_any', 'specificity*': 'specificity_at_any'}
@@ -430,7 +434,7 @@ def _any_tables(board):
         n, positive, studies, patients = (int(rows[k].iloc[0]) for k in ('n_slices', 'n_positive', 'n_studies', 'n_patients'))
         counts = f'{n:,} slices ({positive:,} with a bleed) in {studies:,} studies of {patients:,} patients.'
         out += [H3(f'any, on {slices} test slices'), P(counts),
-                _figures(rows, _ranking, about=('any_from',)), _figures(rows, _calls, "calls at the recipe's own threshold", ())]
+                _figures(rows, _ranking, about=('any_from', 'study_rule')), _figures(rows, _calls, "calls at the recipe's own threshold", ())]
     return out
 
 def _cost_table(board):

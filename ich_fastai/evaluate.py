@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'COMBINED', 'FEWEST', 'FEW', 'of_split', 'by_study', 'with_any', 'patient_weights', 'resampled',
-           'patients_behind', 'intervals', 'difference', 'operating_points', 'plot_roc', 'confusion', 'plot_confusion',
-           'calibration', 'plot_calibration']
+           'difference_interval', 'patients_behind', 'intervals', 'difference', 'operating_points', 'plot_roc',
+           'confusion', 'plot_confusion', 'calibration', 'plot_calibration']
 
 # %% ../nbs/30_evaluate.ipynb #c7131ab6
 import numpy as np
@@ -16,6 +16,7 @@ from fastcore.script import CliError
 from .core import LABELS, TYPES, pick
 from . import metrics
 from .metrics import Draws
+from .study import StudyRule, study_probabilities, study_truth
 from .explore import COLORS
 
 # %% ../nbs/30_evaluate.ipynb #c67e561b
@@ -34,11 +35,12 @@ def of_split(
 def by_study(
     predictions:pd.DataFrame, # By image
     labels:pd.DataFrame, # By image, the same slices
-)->tuple: # (predictions, labels) by study
-    "A study says the most that any of its slices says"
-    study = predictions.StudyInstanceUID
-    how = dict(PatientID='first', split='first', kept='any', **{label: 'max' for label in LABELS})
-    return predictions.groupby(study).agg(how), labels.groupby(study).any()
+    rule:StudyRule=StudyRule(), # The bundle's
+)->tuple: # (predictions, labels) by study; without studies that have no slice with enough brain
+    "What each study is told by the rule, and the truth of all its slices"
+    told = study_probabilities(predictions, rule).sort_index()
+    about = predictions.groupby('StudyInstanceUID')[['PatientID', 'split']].first().assign(kept=True)
+    return about.loc[told.index].join(told), study_truth(labels, predictions['StudyInstanceUID']).loc[told.index]
 
 # %% ../nbs/30_evaluate.ipynb #041a2856
 def with_any(
@@ -115,7 +117,9 @@ def _loss_interval(estimate, se, k, degrees):
     factor = np.exp(_t(degrees)*se/estimate)
     return estimate/factor, estimate*factor
 
-def _difference_interval(estimate, se, k, degrees): return estimate - _t(degrees)*se, estimate + _t(degrees)*se
+def difference_interval(estimate, se, k, degrees): # Of a difference, its standard error and the patients behind it
+    "Student's t"
+    return estimate - _t(degrees)*se, estimate + _t(degrees)*se
 
 # %% ../nbs/30_evaluate.ipynb #c09a10c5
 _losses = 'log_loss', 'weighted_log_loss'
@@ -148,7 +152,7 @@ def _interval(metric, estimate, se, k, degrees):
     interval = _loss_interval if metric in _losses else _share_interval
     return interval(estimate, se, k, degrees)
 
-def _of_differences(metric, *spread): return _difference_interval(*spread)
+def _of_differences(metric, *spread): return difference_interval(*spread)
 
 def _note(n, with_label, k):
     "What to know of an interval of `n` patients, of whom the figure rests on `k`"
@@ -293,7 +297,6 @@ def calibration(
     edges = np.unique(np.quantile(p, np.linspace(0, 1, bins + 1)))
     where = np.searchsorted(edges[1:-1], p, 'left')
     patient, names = pd.factorize(predictions.PatientID, sort=True)
-    weights = patient_weights(len(names), n, seed)
     draws, per_bin = Draws(patient, patient_weights(len(names), n, seed)), pd.Series(p).groupby(where)
     def one(b):
         observed = metrics.recall(t*1., where == b, weights=draws)  # Of the bin's slices, the share that has the label

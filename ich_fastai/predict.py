@@ -19,7 +19,8 @@ from .core import LABELS, in_order, log, printable
 from .dicom import read_slices
 from .series import Blocks, in_blocks, in_use, sight_of
 from .metadata import _read_file, find_files, frames_of_rows
-from .clean import MIN_BRAIN, clean_slice, store_sizes
+from .clean import clean_slice, store_sizes
+from .study import study_probabilities
 from .data import MemoryStore, make_loader
 from .models import full_precision
 from .train import predict
@@ -97,7 +98,7 @@ def predict_study(
     series=(), # SeriesInstanceUIDs to use in their studies, as `ich-metadata --series`: name those that the model learned from
     n_workers:int=2, # Processes that read, for more than 200 files; 0 works in this one
 )->tuple: # (slices by image, studies by StudyInstanceUID), each with the six probabilities; NaN for labels that the model does not predict, and slices that are not in use
-    "What a model predicts for each slice, and per study the maximum over slices in use with enough brain, as it learned from no others"
+    "What a model predicts for each slice, and for each study by the bundle's rule, from slices in use with enough brain; NaN where there is none"
     if not isinstance(bundle, Bundle): bundle = load_bundle(bundle)
     src = src if isinstance(src, (str, Path)) else list(src)
     if not src: raise CliError(f'no files to predict on: {_what}')
@@ -106,11 +107,10 @@ def predict_study(
     if not len(metadata): raise CliError(f'no CT slices in {printable(src)}: {_what}')
     unused = metadata['not_used'][~metadata['use']]
     if len(unused): log.warning('%d of %d slices are not in use: %s', len(unused), len(metadata), _counts(unused))
-    enough = metadata['img_pct_window'] >= MIN_BRAIN
+    enough = metadata['img_pct_window'] >= bundle.min_brain
     slices = metadata[['StudyInstanceUID', 'PatientID', 'use', 'not_used']].assign(kept=metadata['use'] & enough)
     slices = slices.join(bundle_probabilities(bundle, store, bs) if len(unused) < len(metadata) else pd.DataFrame(np.nan, [], list(LABELS)))
     by = slices.groupby('StudyInstanceUID', sort=False)
-    highest = slices[slices['kept']].groupby('StudyInstanceUID')[list(LABELS)].max()
-    return slices, highest.reindex(by.size().index).assign(slices=by.size(), in_use=by['use'].sum())
+    return slices, study_probabilities(slices, bundle.rule).reindex(by.size().index).assign(slices=by.size(), in_use=by['use'].sum())
 
 def _counts(texts): return ', '.join(f'{n} x {text}' for text, n in texts.value_counts().items())
