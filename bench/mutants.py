@@ -1,0 +1,249 @@
+"One-line faults put into the library: does the chapter's own test notice each of them?"
+import argparse, json, os, shutil, subprocess, sys, tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import Queue
+from time import perf_counter
+from typing import NamedTuple
+
+from sides import about
+
+ROOT = Path(__file__).parent.parent
+LIMIT = 1500  # Seconds for a chapter; a fault that makes it run longer is noticed
+
+class Mutant(NamedTuple):
+    room:str   # A notebook
+    right:str  # Code that stands in its export cells once
+    wrong:str  # What takes its place
+    fault:str  # In words
+
+_faults = {
+    '10_dicom': [
+        ('values*scale.slope + scale.intercept', 'values*scale.slope - scale.intercept', 'sign of the intercept'),
+        ('WRAP*(values >= WRAPPED_AIR)', 'WRAP*(values > WRAPPED_AIR)', 'off by one in the repair'),
+        ('(hu > window.level - half) & (hu < window.level + half)', '(hu >= window.level - half) & (hu < window.level + half)', "the window's lower end counts"),
+        ('return values if within else values << 16-stored >> 16-stored', 'return values', 'unused bits stay'),
+        ('data[(frame-1)*size:frame*size]', 'data[:size]', 'always the first frame'),
+        ('img_std=(n*s2 - s*s)**.5/n', 'img_std=(n*s2 - s*s)**.5/(n - 1)', 'deviation of a sample')],
+    '10b_series': [
+        ('return normals*np.where(main < 0, -1, 1)', 'return normals', 'the sign of the axes counts'),
+        ('np.arange(len(codes)) - np.repeat(np.cumsum(sizes) - sizes, sizes)', 'np.arange(len(codes)) - np.repeat(np.cumsum(sizes) - sizes, sizes) + 1', 'slice numbers off by one'),
+        ('pd.factorize(codes[0]*(codes[1].max(initial=0) + 1) + codes[1])[0]', 'codes[1]', 'series of two studies as one'),
+        ('thickness[order][1:] > THICKER*thickness[order][:-1]', 'thickness[order][1:] > thickness[order][:-1]', 'any thickness apart'),
+        ('if sight.body > 1.5*BODY', 'if sight.body > 150*BODY', 'a pelvis is a head')],
+    '10c_gray': [
+        ('np.maximum(other, high)', 'np.minimum(other, high)', 'the second window is lost'),
+        ('window.level - window.width/2, window.level + window.width/2', 'window.level - window.width, window.level + window.width', 'windows twice as wide'),
+        ('(off > 16).mean() > .001', '(off > 16).mean() > .9', 'color images pass')],
+    '11_metadata': [
+        ('kept = frame.img_pct_window >= MIN_BRAIN', 'kept = frame.img_pct_window >= 0', 'empty slices are kept'),
+        ('first &= codes >= 0', 'first &= codes > 0', 'the first image is lost'),
+        ('rows, frame = rows[order], frame.iloc[order].reset_index(drop=True)', 'frame = frame.iloc[order].reset_index(drop=True)', 'rows in another order than their keys')],
+    '12_labels': [
+        ('label[ends], length[ends] = i, len(name) + 1', 'label[ends], length[ends] = (i + 1) % 6, len(name) + 1', 'labels shifted by a column'),
+        ('((ones > 0) & (ones < rows))[cell]', '((ones > 1) & (ones < rows))[cell]', 'contradictions pass'),
+        ('patient = people(metadata)[metadata.index.isin(labels.index)]', "patient = metadata['PatientID'][metadata.index.isin(labels.index)]", 'a study of two PatientIDs on two sides'),
+        ("side[_draw(profile.to_numpy(), test, seed)] = 'test'", "side[_draw(profile.to_numpy(), test, 0)] = 'test'", 'seed ignored'),
+        ('_draw(rest.to_numpy(), valid/(1 - test), seed)', '_draw(rest.to_numpy(), valid, seed)', 'too few patients in valid'),
+        ('leaks = int((sides > 1).sum())', 'leaks = int((sides > 2).sum())', 'patients on two sides pass'),
+        ("rarest_first = np.argsort(types.sum(axis=0), kind='stable')", "rarest_first = np.argsort(-types.sum(axis=0), kind='stable')", 'a slice counts for its most frequent type'),
+        ("(types == 0) & (slices == 'all')", "(types == 0)", 'negatives in the bleeding slices')],
+    '13_clean': [
+        ('row=at%SLICES_A_PART, kept=metadata.img_pct_window >= min_brain', 'row=at%SLICES_A_PART, kept=metadata.img_pct_window >= MIN_BRAIN', 'min_brain ignored'),
+        ('return {s: np.rint(part/total)', 'return {s: np.floor(part/total)', 'HU rounded down'),
+        ('out = np.full((side, side), -1000, np.int16)', 'out = np.full((side, side), 0, np.int16)', 'water where there is air'),
+        ('> .05*WINDOWS', '> .5*WINDOWS', 'a smaller head'),
+        ('out[y0-top:y0-top+part.shape[0]', 'out[0:part.shape[0]', 'the crop is moved'),
+        ("for row, out in zip(rows, into): out[:] = pictures[row]", "for row, out in zip(sorted(rows), into): out[:] = pictures[row]", 'rows in another order')],
+    '16_intake': [
+        ('split = split_patients(labels, frame, seed=seed, **dict(shares))', 'split = split_patients(labels, frame, **dict(shares))', 'seed ignored'),
+        ('clean_images(frame, run.images, size, min_brain=min_brain, **options)', 'clean_images(frame, run.images, size, **options)', 'min_brain ignored'),
+        ('refuse(labels=labels, split=split)', 'None', 'models are voided without a word')],
+    '19_loss': [
+        ("torch.tensor([2. if", "torch.tensor([1. if", 'any weighs as much as a type'),
+        ('targ = targ*(1 - smoothing) + smoothing/2', 'targ = targ*(1 - smoothing) + smoothing', 'smoothed upwards'),
+        ('if inp.requires_grad else (0., 0.)', 'if True else (0., 0.)', 'validation is smoothed too'),
+        ('[..., -len(recipe.labels):]', '[..., :len(recipe.labels)]', 'the probability of the other class')],
+    '20_data': [
+        ("split['split'].reindex(index.index).isin(L(side))", "split['split'].reindex(index.index).notna()", 'every side of the split'),
+        ('return own[~aside]', 'return own', 'learns from what validates'),
+        ("return task_slices(recipe, index, labels, split, 'valid')", "return task_slices(recipe, index, labels, split, 'test')", 'validates on test'),
+        ('hist_bins(self.store, self._training(), size=source)', 'hist_bins(self.store, np.arange(len(self.store)), size=source)', 'bins from all slices'),
+        ('same = series[1:] == series[:-1]', 'same = series[1:] == series[1:]', 'neighbors of other series'),
+        ('(part + 1024).flatten()', '(part + 1023).flatten()', 'look-up off by one HU'),
+        ('reindex(self.index.index, fill_value=False)', 'reindex(self.index.index[::-1], fill_value=False)', 'targets in another order'),
+        ("random.Random(f'{self.seed} {epoch}')", "random.Random(f'{epoch}')", 'seed ignored'),
+        ('self.rotate*pi/180', 'self.rotate*pi/90', 'turned twice as far'),
+        ('order, split_idx = -1, 0  # Before', 'order, split_idx = -1, None  # Before', 'validation is augmented'),
+        ('targets[side], s, device', 'targets[side[::-1]], s, device', "targets of other slices")],
+    '20b_block': [
+        ('freqhist_bins(counts)', 'freqhist_bins(counts[::-1])', 'bins of another histogram'),
+        ('resized(crop(hu, head_box(hu)), [self.size])', 'resized(hu, [self.size])', 'no crop')],
+    '21_metrics': [
+        ("WEIGHTS = np.array([2. if", "WEIGHTS = np.array([1. if", 'any weighs as much as a type'),
+        ('return _share(called & t, called, weights)', 'return _share(called & t, t, weights)', 'recall for precision'),
+        ('below[:, left] + below[:, right]', '2*below[:, left]', 'ties lose'),
+        ('return p > threshold, t', 'return p >= threshold, t', 'the threshold itself is called'),
+        ('p.clip(1e-15, 1 - 1e-15)', 'p.clip(1e-6, 1 - 1e-6)', 'another clip'),
+        ('self.times[start:start + few][:, self.patient[order]]', 'self.times[start:start + few][:, self.patient]', 'weights in another order')],
+    '21b_study': [
+        ("np.arange(len(p)) - starts[study] < k", "np.arange(len(p)) - starts[study] <= k", 'one slice more'),
+        ("better = table[table['over_max'] < -table['se']]", "better = table[table['over_max'] < 0]", 'any luck is better'),
+        ("learn_rule(predictions[of_slices != i], labels[of_slices != i], k)", "learn_rule(predictions, labels, k)", 'learned from whom it tells'),
+        ("slices = predictions[predictions['kept'].to_numpy(bool)]", "slices = predictions", 'slices without brain count'),
+        ("return labels.groupby(studies).any()", "return labels.groupby(studies).all()", 'a study bleeds on every slice')],
+    '22_models': [
+        ('head[-1].__class__ = Float32Linear', 'head[-1].__class__ = nn.Linear', 'logits in half precision'),
+        ('nn.Flatten(), nn.Dropout(p), nn.Linear(nf, n_out))', 'nn.Flatten(), nn.Dropout(0.), nn.Linear(nf, n_out))', 'dropout ignored'),
+        ('layers[:pools[2]]', 'layers[:pools[1]]', 'a block fewer is frozen'),
+        ('lambda maps: maps.mean((2, 3))', 'lambda maps: maps.amax((2, 3))', 'maximum for mean')],
+    '22b_learner': [
+        ('lr=recipe.lr or 1e-3, wd=recipe.wd', 'lr=recipe.lr or 1e-3, wd=.01', 'weight decay ignored'),
+        ('sqr_mom=recipe.sqr_mom, eps=recipe.eps', 'sqr_mom=recipe.sqr_mom, eps=1e-5', 'eps ignored'),
+        ('mom=recipe.mom, sqr_mom', 'mom=.9, sqr_mom', 'momentum ignored'),
+        ('rho=0.95', 'rho=0.9', "torch's rho"),
+        ('(said(*xs) + said(*(x.flip(-1) for x in xs)))/2', '(said(*xs) + said(*(x.flip(-2) for x in xs)))/2', 'upside down for left to right'),
+        ("at = list(labels).index('any')", 'at = 0', 'epidural for any'),
+        ('dls = _loaders(run, recipe, size, bs, seed)\n    set_seed(seed)', 'dls = _loaders(run, recipe, size, bs, seed)\n    set_seed(0)', 'seed of the weights ignored'),
+        ('return true.T.astype(int) @ called.astype(int)', 'return called.T.astype(int) @ true.astype(int)', 'rows and columns exchanged')],
+    '22c_checkpoints': [
+        ("_set_random_state(state['random'])", 'None', 'chances are not resumed'),
+        ('if loss < self.best:', 'if loss > self.best:', 'the worst epoch is kept'),
+        ('split=_hashed(split))', 'split=_hashed(labels))', 'another split passes'),
+        ('(s, e) < at', '(s, e) <= at', 'a log line too many')],
+    '23_train': [
+        ('np.geomspace(stage.lr*stage.body_lr, stage.lr,', 'np.geomspace(stage.lr, stage.lr,', "the body's rate ignored"),
+        ('self.rates*self.decay**self.epoch', 'self.rates', 'no decay'),
+        ('1 - min(self.decay, (1 + self.steps)/(10 + self.steps))', '1 - max(self.decay, (1 + self.steps)/(10 + self.steps))', 'a slower average'),
+        ('self.since >= self.patience', 'self.since > self.patience', 'an epoch more of patience'),
+        ('stage.bs, seed, stage.number)\n        set_seed', 'stage.bs, seed, 0)\n        set_seed', 'the same order in each stage')],
+    '24_baselines': [
+        ('images[_training(data, recipe, seed)], features', 'images[data.labelled], features', 'learns from test'),
+        ("index=index.index).add_prefix('pc')", "index=index.index[::-1]).add_prefix('pc')", 'rows of components shuffled'),
+        ('chunks = _chunks(train, bs)', 'chunks = _chunks(np.arange(len(index)), bs)', 'components from all slices'),
+        ('hist_bins(data.store, train, size=size)', 'hist_bins(data.store, np.arange(len(index)), size=size)', 'bins from all slices'),
+        ('brain >= brain.mean() + above', 'brain >= brain.mean() - above', 'sign'),
+        ("c.startswith(_ours) or 'UID' in c", "'UID' in c", 'pixels among the headers')],
+    '25_sequence': [
+        ('np.flatnonzero(np.diff(codes)) + 1)', 'np.flatnonzero(np.diff(codes)))', 'series off by a slice'),
+        ('at = lengths[:, None] - 1 - t', 'at = lengths[:, None] - 2 - t', 'reversed off by one'),
+        ('    dls.positions = train\n', '    dls.positions = np.concatenate([train, valid])\n', 'standardized by valid too'),
+        ("for side in ('train', 'valid'))", "for side in ('train', 'test'))", 'validates on test'),
+        ('((x - self.mean)/self.std).nan_to_num(0.)*real[..., None]', '((x - self.mean)/self.std).nan_to_num(0.)', 'padding is no longer zero')],
+    '26_bundle': [
+        ('return model.eval()', 'return model.train()', 'dropout in prediction'),
+        ('labels=recipe.labels, size=size', 'labels=recipe.labels, size=recipe.sizes[0]', 'another size')],
+    '27_run': [
+        ("types.mul(binary['any'], axis=0)", 'types', 'no chain rule'),
+        ('np.nansum(said, 0)/np.maximum(n, 1)', 'np.nansum(said, 0)/len(members)', 'silent members count'),
+        ('model.standardize(features, dls.positions)', 'model.standardize(features, data.labelled)', 'standardized by all slices'),
+        ('make_loader(store, recipe, bins, data.labelled, size, recipe.batch_sizes[-1])', 'make_loader(store, recipe, bins, data.labelled[::-1], size, recipe.batch_sizes[-1])', 'predictions in another order'),
+        ('headers = header_numbers(data.run.read(\'metadata\')).reindex(index.index)', 'headers = header_numbers(data.run.read(\'metadata\')).reindex(index.index[::-1])', 'headers of other slices')],
+    '30_evaluate': [
+        ('drawn = np.random.default_rng(seed)', 'drawn = np.random.default_rng(0)', 'seed ignored'),
+        ('(predictions.kept | (not kept))', '(predictions.kept | True)', 'all slices for the kept'),
+        ('np.argmax(recall - alarms)', 'np.argmax(recall)', 'no false alarm counts'),
+        ('np.bincount(t*2 + called, minlength=4)', 'np.bincount(called*2 + t, minlength=4)', 'rows and columns exchanged'),
+        ("patient, names = pd.factorize(predictions.PatientID, sort=True)\n    draws, measure", "patient, names = pd.factorize(predictions.index, sort=True)\n    draws, measure", 'resampled by slice'),
+        ('interval(metric, estimate, se*np.sqrt(k/(k - 1)), k', 'interval(metric, estimate, se, k', 'no correction for few patients'),
+        ('return 2*k if metric in _of_all else k - 1', 'return 1000', 'normal in place of t'),
+        ('a - b, threshold, _of_differences', 'b - a, threshold, _of_differences', 'sign of the difference')],
+    '32_compare': [
+        ("valid_p, valid_t = of_split(predictions, labels, 'valid', kept)", "valid_p, valid_t = of_split(predictions, labels, 'test', kept)", 'thresholds from test'),
+        ("of_split(predictions, labels, 'valid'))).threshold", "of_split(predictions, labels, 'test'))).threshold", "the report's thresholds from test"),
+        ("known.sort_values(['valid_auroc_any', 'recipe']", "known.sort_values(['auroc_any', 'recipe']", 'the best on test'),
+        ("predictions.index[predictions['split'] == 'train']", "predictions.index[predictions['split'] == 'test']", 'prevalence of test'),
+        ("    kw = dict(n=n, seed=seed, threshold=recipe.threshold)", "    kw = dict(n=n, seed=seed)", "the recipe's threshold ignored"),
+        ("_score=-score)", "_score=score)", 'the worst comes first')],
+    '40_predict': [
+        ("return predict(bundle.model, bundle.recipe, series_loader(features, series_of(index", "return predict(bundle.model, bundle.recipe, series_loader(features, series_of(index[::-1]", 'series in another order'),
+        ('make_loader(store, bundle.recipe, bundle.bins, np.arange(len(store.index)), bundle.size, bs)', 'make_loader(store, bundle.recipe, bundle.bins, np.arange(len(store.index)), max(store.sizes), bs)', 'another size than in training'),
+        ('read_study(src, bundle.extra.get(\'store_size\', bundle.size)', 'read_study(src, bundle.size', 'images made another way than in training')],
+}
+MUTANTS = [Mutant(room, *fault) for room, faults in _faults.items() for fault in faults]
+
+def cells_of(notebook): return [cell for cell in notebook['cells'] if ''.join(cell['source']).startswith('#| export')]
+
+def module_of(notebook):
+    "The file that the notebook is exported to"
+    first = next(''.join(cell['source']) for cell in notebook['cells'] if ''.join(cell['source']).startswith('#| default_exp'))
+    return f"ich_fastai/{first.split()[-1]}.py"
+
+def planted(text, mutant):
+    "The text with the fault in it; it must fit exactly once"
+    if text.count(mutant.right) != 1: raise SystemExit(f'{mutant.room}: {mutant.right!r} stands there {text.count(mutant.right)} times: mend the list of mutants')
+    return text.replace(mutant.right, mutant.wrong)
+
+def plant(tree, mutant):
+    "Put a fault into the notebook and its module; gives the files as they were"
+    path = tree/'nbs'/f'{mutant.room}.ipynb'
+    was = path.read_text()
+    notebook = json.loads(was)
+    module = tree/module_of(notebook)
+    code = '\n###\n'.join(''.join(cell['source']) for cell in cells_of(notebook))
+    for cell, source in zip(cells_of(notebook), planted(code, mutant).split('\n###\n')): cell['source'] = source.splitlines(keepends=True)
+    before = {path: was, module: module.read_text()}
+    module.write_text(planted(before[module], mutant))
+    path.write_text(json.dumps(notebook))
+    return before
+
+def test(tree, room): # True where it passes
+    command = [shutil.which('nbdev-test'), f'nbs/{room}.ipynb', '--n-workers', '0', '--cell-timeout', str(LIMIT)]
+    env = os.environ | dict(PYTHONPATH=str(tree), MPLBACKEND='agg', PYTHONWARNINGS='ignore')
+    try: return subprocess.run(command, cwd=tree, env=env, capture_output=True, timeout=LIMIT).returncode == 0
+    except subprocess.TimeoutExpired: return False
+
+def judged(trees, mutant, report):
+    "Whether the chapter's test notices the fault"
+    tree, start = trees.get(), perf_counter()
+    before = plant(tree, mutant) if isinstance(mutant, Mutant) else {}
+    try: passed = test(tree, mutant.room if before else mutant)
+    finally:
+        for path, text in before.items(): path.write_text(text)
+        trees.put(tree)
+    report(mutant, passed, perf_counter() - start)
+    return passed
+
+def shown(mutant, passed, seconds):
+    what = f'{mutant.room}: {mutant.fault}' if isinstance(mutant, Mutant) else f'{mutant} as it is'
+    verdict = ('SURVIVES' if passed else 'noticed') if isinstance(mutant, Mutant) else ('passes' if passed else 'FAILS')
+    print(f'{verdict:9} {what} ({seconds:.0f} s)', flush=True)
+
+def by_room(mutants, survive):
+    rows = []
+    for room in dict.fromkeys(m.room for m in mutants):
+        own = [(m, s) for m, s in zip(mutants, survive) if m.room == room]
+        left = '; '.join(f'{m.fault}: `{m.wrong.strip().splitlines()[0]}`' for m, s in own if s)
+        rows.append((room, str(len(own)), str(sum(not s for _, s in own)), left))
+    return rows
+
+def markdown(rows):
+    return '\n'.join('| ' + ' | '.join(row) + ' |' for row in [('chapter', 'faults', 'noticed', 'survive'), ['---']*4, *rows])
+
+if __name__=='__main__':
+    p = argparse.ArgumentParser(description=__doc__)
+    p.add_argument('--only', default='', help='chapters, by commas')
+    p.add_argument('--n-workers', type=int, default=2)
+    p.add_argument('--quick', action='store_true', help='the chapters of labels, loss and metrics alone; under two minutes')
+    p.add_argument('--json', action='store_true', help='one JSON object on the last line')
+    args = p.parse_args()
+    rooms = ['19_loss', '21_metrics', '21b_study'] if args.quick else [r for r in args.only.split(',') if r] or list(_faults)
+    mutants = [m for m in MUTANTS if m.room in rooms]
+    with tempfile.TemporaryDirectory(prefix='mutants-') as folder:
+        trees = Queue()
+        for i in range(args.n_workers):
+            trees.put(shutil.copytree(ROOT, Path(folder)/str(i), ignore=shutil.ignore_patterns('.git', '_proc', '_docs', '__pycache__')))
+        tree = trees.queue[0]
+        for mutant in mutants:  # Before anything is run: does each fit?
+            for path, text in plant(tree, mutant).items(): path.write_text(text)
+        with ThreadPoolExecutor(args.n_workers) as pool:
+            sound = dict(zip(rooms, pool.map(lambda room: judged(trees, room, shown), rooms)))  # Else each fault would be noticed
+            mutants = [m for m in mutants if sound[m.room]]
+            survive = list(pool.map(lambda m: judged(trees, m, shown), mutants))
+    broken = [room for room in rooms if not sound[room]]
+    note = f'{len(mutants)} faults, {survive.count(False)} noticed' + (f'; not judged, as they fail without a fault: {", ".join(broken)}' if broken else '')
+    text = '\n\n'.join(['# Faults that the tests notice', *about('mutants', ('fastai', 'torch'), note), markdown(by_room(mutants, survive))])
+    print(text)
+    if not (args.quick or args.only): (ROOT/'bench'/'results'/'mutants.md').write_text(text + '\n')
+    if args.json: print(json.dumps(dict(faults=len(mutants), noticed=survive.count(False), broken=len(broken))))
+    sys.exit(bool(broken))
