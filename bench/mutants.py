@@ -92,6 +92,13 @@ _faults = {
         ("learn_rule(predictions[of_slices != i], labels[of_slices != i], k)", "learn_rule(predictions, labels, k)", 'learned from whom it tells'),
         ("slices = predictions[predictions['kept'].to_numpy(bool)]", "slices = predictions", 'slices without brain count'),
         ("return labels.groupby(studies).any()", "return labels.groupby(studies).all()", 'a study bleeds on every slice')],
+    '21c_operating': [
+        ('np.argmax(recall - alarms)', 'np.argmax(recall)', 'no false alarm counts'),
+        ('np.flatnonzero(1 - alarms >= specificity).max(initial=-1)', 'np.flatnonzero(1 - alarms >= specificity).min(initial=99)', 'the least sensitivity'),
+        ('(scores[i] + lower)/2', 'scores[i]', 'the threshold itself is not called'),
+        ('expit(slope*log_odds(p.astype(np.float64)) + intercept)', 'expit(slope*log_odds(p.astype(np.float64)) - intercept)', 'sign of the intercept'),
+        ('now/(1 - now)*(1 - before)/before', 'before/(1 - before)*(1 - now)/now', 'the other way round'),
+        ('(1 - specificity)*(1 - prevalence)', '(1 - specificity)*prevalence', 'alarms among the bleeding')],
     '22_models': [
         ('head[-1].__class__ = Float32Linear', 'head[-1].__class__ = nn.Linear', 'logits in half precision'),
         ('nn.Flatten(), nn.Dropout(p), nn.Linear(nf, n_out))', 'nn.Flatten(), nn.Dropout(0.), nn.Linear(nf, n_out))', 'dropout ignored'),
@@ -142,7 +149,6 @@ _faults = {
     '30_evaluate': [
         ('drawn = np.random.default_rng(seed)', 'drawn = np.random.default_rng(0)', 'seed ignored'),
         ('(predictions.kept | (not kept))', '(predictions.kept | True)', 'all slices for the kept'),
-        ('np.argmax(recall - alarms)', 'np.argmax(recall)', 'no false alarm counts'),
         ('np.bincount(t*2 + called, minlength=4)', 'np.bincount(called*2 + t, minlength=4)', 'rows and columns exchanged'),
         ("patient, names = pd.factorize(predictions.PatientID, sort=True)\n    draws, measure", "patient, names = pd.factorize(predictions.index, sort=True)\n    draws, measure", 'resampled by slice'),
         ('interval(metric, estimate, se*np.sqrt(k/(k - 1)), k', 'interval(metric, estimate, se, k', 'no correction for few patients'),

@@ -20,6 +20,7 @@ from .page import *
 from .intake import *
 from .loss import *
 from .study import *
+from .operating import *
 from .data import *
 from .block import *
 from .models import *
@@ -34,6 +35,7 @@ from .run import *
 from .evaluate import *
 from .compare import *
 from .predict import *
+from .external import *
 
 # %% ../nbs/51_all.ipynb #7ad16b54
 __all__ = [name for name in globals() if not name.startswith('_')]

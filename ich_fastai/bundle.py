@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from fastai.basics import get_model
 from fastcore.basics import patch
 from fastcore.script import CliError
@@ -21,6 +22,7 @@ from .recipes import Recipe
 from .metadata import MIN_BRAIN
 from .clean import source_size
 from .study import StudyRule
+from .operating import table_of_plain
 from .models import create_model, load_weights, save_weights
 from .learner import HeadLearner
 from .sequence import StudyNet
@@ -42,6 +44,12 @@ class Bundle:
     def rule(self)->StudyRule: return StudyRule(**self.extra.get('study_rule', {})) # What a study is told; the maximum in earlier bundles
     @property
     def min_brain(self)->float: return self.extra.get('min_brain', MIN_BRAIN) # From which share a slice counts
+
+    def operating(self,
+        level:str='slice', # Or 'study'
+    )->pd.DataFrame: # As from `operating_table`; NaN in earlier bundles
+        "Thresholds and calibration, chosen on the validation patients of the training"
+        return table_of_plain(self.extra.get('operating', {}).get(level, {}))
 
 def save_bundle(
     path, # A folder, made where it is missing

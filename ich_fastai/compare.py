@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['of_kind', 'own_row', 'any_row', 'prevalence', 'sort_board', 'read_board', 'compare', 'named_by_seed', 'summary',
-           'plot_board', 'plot_training', 'extremes', 'report']
+           'plot_board', 'plot_training', 'extremes', 'extreme_slices', 'report']
 
 # %% ../nbs/32_compare.ipynb #2e9b1a18
 import hashlib, json
@@ -23,8 +23,9 @@ from .labels import check_patients, subset
 from .clean import Store
 from .explore import PLAIN
 from .study import StudyRule
+from .operating import operating_points
 from .page import banners, data_charts, inline, is_phantom, page, sides_table, slice_charts, slice_figure, source_kind, table
-from .evaluate import (FEW, FEWEST, by_study, difference, intervals, of_split, operating_points, plot_calibration, plot_confusion,
+from .evaluate import (FEW, FEWEST, by_study, difference, intervals, of_split, plot_calibration, plot_confusion,
                                  plot_roc, with_any)
 
 # %% ../nbs/32_compare.ipynb #d2a9346c
@@ -483,7 +484,11 @@ def _said(row, truth):
 
 _groups = dict(found='Found, and surest', cleared='Cleared, and surest', missed='Missed, and surest', alarm='False alarm, and surest')
 
-def _pictures(store, predictions, labels, cuts):
+def extreme_slices(
+    store:Store,
+    predictions:pd.DataFrame, labels:pd.DataFrame, # The same rows, of slices that are in the store
+    cuts, # As `threshold` of `extremes`
+): # An element
     "The surest slices, right and wrong"
     size = min((s for s in store.sizes if s >= 128), default=max(store.sizes))
     def group(name, rows):
@@ -521,7 +526,7 @@ def _recipe(run, shown, name, seed, store, labels, n):
     note = f'Judged on {recipe.slices} test slices. The pictures: kept ones in the brain window, a slice a study; yes and no by the thresholds chosen on valid.'
     return Section(H2(shown), P(recipe.source, cls='note'), table([facts], text=('device',)),
                    '' if curves is None else inline(curves, 'LR finder, loss, and AUROC on valid'), Div(*charts, cls='charts'),
-                   _pictures(store, *part('test', kept=True), cuts.fillna(recipe.threshold)), P(note, cls='note'),
+                   extreme_slices(store, *part('test', kept=True), cuts.fillna(recipe.threshold)), P(note, cls='note'),
                    Pre(_record(folder, recipe)))
 
 def _about(run, models):

@@ -23,8 +23,10 @@ from fastai.basics import default_device, get_model, num_distrib, replacing_yiel
 from .core import LABELS, Run, give_back_memory, hardware, log, only_one, pick, sweep, versions, write_whole
 from .recipes import Recipe, finder, get_recipe, parts_of, read_recipe, write_recipe
 from .clean import source_size
+from .page import source_kind
 from .data import as_data, make_dls, make_loader, training_slices
-from .study import StudyRule, choose_rule
+from .study import StudyRule, by_study, choose_rule
+from .operating import operating_table, table_as_plain
 from .models import n_features, n_parameters, precision_on, training_cost
 from .checkpoints import changed, depends_on, fingerprint, same_data
 from .learner import find_lr, learner_for, make_learner, memory_errors, predict
@@ -59,12 +61,16 @@ def _learned_from(data, chosen):
     return dict(n_train=len(rows), n_train_positive=int(rows['any'].sum()), n_train_patients=int(patients),
                 n_train_by_label={label: int(rows[label].sum()) for label in LABELS})
 
-def _of_studies(data, recipe, predictions):
-    "What a study's answer needs: its rule, chosen on the validation patients, and the share of brain from which a slice counts"
+def _answers(data, recipe, predictions):
+    "What the model's answers need, chosen on the validation patients: the rule for a study, thresholds and calibration; the share of brain from which a slice counts, and what the training slices were"
+    rule, least = StudyRule(), dict(min_brain=data.index.attrs['min_brain'], trained_on=source_kind(data.run))
+    if recipe.validation != 'patients': return dict(study_rule=asdict(rule), **least)  # It has learned from slices of those patients
     valid = predictions[predictions['split'] == 'valid']
-    unseen = recipe.validation == 'patients'  # Else the network has learned from them
-    rule = choose_rule(valid, data.labels.loc[valid.index]) if unseen else StudyRule()
-    return dict(study_rule=asdict(rule), min_brain=data.index.attrs['min_brain'])
+    truth = data.labels.loc[valid.index]
+    rule = choose_rule(valid, truth)
+    levels = dict(slice=(valid[valid['kept']], truth[valid['kept']]), study=by_study(valid, truth, rule))
+    operating = {level: table_as_plain(operating_table(*of_level)) for level, of_level in levels.items()}
+    return dict(study_rule=asdict(rule), operating=operating, **least)
 
 def _training_facts(data, recipe, seed): return _learned_from(data, training_slices(recipe, data.index, data.labels, data.split, seed))
 
@@ -208,10 +214,10 @@ def _run_cnn(data, recipe, seed, minutes, track):
     probabilities, facts = _predict(learn, recipe, make_loader(store, recipe, bins, data.labelled, size, recipe.batch_sizes[-1]))
     def write():
         folder, learned, predictions = data.run.model(recipe.name, seed), _training_facts(data, recipe, seed), data.predictions(recipe, probabilities)
-        of_studies = _of_studies(data, recipe, predictions)
-        about = dict(training=learned, store_size=source_size(store.sizes, max(recipe.sizes)), **of_studies)
+        answers = _answers(data, recipe, predictions)
+        about = dict(training=learned, store_size=source_size(store.sizes, max(recipe.sizes)), **answers)
         save_bundle(folder/'bundle', learn.model, recipe, bins, size, about)
-        facts.update(_network_facts(recipe, learn, folder, recipe.pretrained), **learned, **of_studies)
+        facts.update(_network_facts(recipe, learn, folder, recipe.pretrained), **learned, **answers)
         return _write_result(data, recipe, seed, facts, predictions)
     return first_of_all(write)
 
@@ -230,10 +236,10 @@ def _run_sequence(data, recipe, seed, minutes, cnn_folder, track):
     series = series_of(index, data.labelled)
     probabilities, facts = _predict(learn, recipe, series_loader(features, series, None, recipe.batch_sizes[-1], len(recipe.labels)))
     learned, predictions = _learned_from(data, dls.positions), data.predictions(recipe, probabilities)
-    of_studies = _of_studies(data, recipe, predictions)
-    about = dict(training=learned, store_size=cnn.extra['store_size'], n_features=features.width, headers=list(headers), **of_studies)
+    answers = _answers(data, recipe, predictions)
+    about = dict(training=learned, store_size=cnn.extra['store_size'], n_features=features.width, headers=list(headers), **answers)
     save_bundle(folder/'bundle', learn.model, recipe, cnn.bins, cnn.size, about, [cnn_folder/'bundle'])
-    facts.update(_network_facts(recipe, learn, folder, cnn.recipe.pretrained), **learned, **of_studies)
+    facts.update(_network_facts(recipe, learn, folder, cnn.recipe.pretrained), **learned, **answers)
     return _write_result(data, recipe, seed, facts, predictions, [cnn_folder])
 
 def _run_combined(data, recipe, seed, of_parts, folders):
@@ -242,16 +248,16 @@ def _run_combined(data, recipe, seed, of_parts, folders):
     results = [json.loads((f/'result.json').read_text()) for f in folders]
     bundles = [load_bundle(f/'bundle') for f in folders]
     facts = {key: sum(r[key] for r in results) for key in ('parameters', 'seconds')}
-    of_studies = _of_studies(data, recipe, told)
-    about = dict(store_size=max(b.extra['store_size'] for b in bundles), **of_studies)
+    answers = _answers(data, recipe, told)
+    about = dict(store_size=max(b.extra['store_size'] for b in bundles), **answers)
     save_bundle(folder/'bundle', None, recipe, [], max(b.size for b in bundles), about, parts=[f/'bundle' for f in folders])
-    facts = dict(parts=[r['name'] for r in results], device=results[0]['device'], **facts, **of_studies)
+    facts = dict(parts=[r['name'] for r in results], device=results[0]['device'], **facts, **answers)
     return _write_result(data, recipe, seed, facts, told, folders)
 
 def _run_baseline(data, recipe, seed):
     start = perf_counter()
     predictions = BASELINES[recipe.kind](data, recipe, seed)
-    facts = dict(seconds=perf_counter() - start, device='cpu', **_training_facts(data, recipe, seed), **_of_studies(data, recipe, predictions))
+    facts = dict(seconds=perf_counter() - start, device='cpu', **_training_facts(data, recipe, seed), **_answers(data, recipe, predictions))
     return _write_result(data, recipe, seed, facts, predictions)
 
 def kept_predictions(
