@@ -113,8 +113,9 @@ def _rows_of(predictions, labels, metrics_, n, seed, **kwargs):
     return pd.concat(frames)
 
 def _calibration_rows(predictions, labels):
-    "Slope, intercept and expected calibration error, a row a label; without intervals"
+    "Slope, intercept and expected calibration error, a row a label; without intervals, and without a line where there are too few patients for one"
     line = calibration_line(predictions, labels)
+    line = line.where(line.ne((1, 0)).any(axis=1), np.nan)
     def error(label): return np.nan if predictions[label].isna().any() else calibration_error(predictions[label], labels[label])
     line['calibration_error'] = [error(label) for label in LABELS]
     return line.rename_axis('label').reset_index().melt('label', var_name='metric', value_name='estimate')
@@ -221,7 +222,7 @@ def evaluation_page(
                  *[P(sentence, cls='lead') for sentence in findings(bundle, judged)])
     tables = [_version_table(judged, level, version) for level in ('slice', 'study') for version in ('as it came', 'recalibrated')]
     note = ('Slices with enough brain, and studies by the rule of the bundle. Recalibrated: each patient by the patients of four other fifths. '
-            'A label without a slope of its own had too few patients for one.')
+            'A label without slope and intercept has too few patients for a calibration: its probabilities stay as they came.')
     cuts = bundle.operating().threshold.fillna(bundle.recipe.threshold)
     kept = predictions['kept']
     return page(f'{bundle.recipe.name} on other patients', top, Section(H2('How good, and how sure'), *tables, P(note, cls='note')),

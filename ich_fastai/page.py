@@ -85,7 +85,7 @@ body { margin: 0; background: var(--paper); color: var(--ink);
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
 main { max-width: 1080px; margin: 0 auto; padding: 2.5rem 1.5rem 5rem; }
 p { max-width: 46rem; margin: .6rem 0; }
-h1 { font-size: 2.1rem; line-height: 1.2; margin: .3rem 0 1rem; letter-spacing: -.01em; }
+h1 { font-size: 2.1rem; line-height: 1.2; margin: .3rem 0 1rem; letter-spacing: -.01em; overflow-wrap: anywhere; }
 h1 span { font-weight: 400; color: var(--soft); }
 h2 { font-size: 1.45rem; margin: 3.2rem 0 .8rem; padding-top: 1rem; border-top: 1px solid var(--line); }
 h3 { font-size: 1.1rem; margin: 2rem 0 .3rem; }
