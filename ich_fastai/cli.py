@@ -314,7 +314,7 @@ def compare(
 def evaluate(
     bundle:str, # The folder of a bundle
     run:str, # A run folder with labels and an image store, of patients whom the model has not learned from
-    side:str='', # train, valid or test of the run's split; all labelled slices where it is not given
+    side:str='', # train, valid or test of the run's split; where it is not given all labelled slices, or test where the model learned from this run
     seed:int=0, # Of the resamples, and of the folds that recalibrate
     quiet:bool=False, # No progress bars, no summary
 ):

@@ -168,6 +168,12 @@ def _check_own(own):
         for one in L(value):
             if isinstance(one, str): raise CliError(f"{name}: '{one}' is a name, a function or an object is wanted: import it, as from fastai.vision.all")
 
+def _speaking(loss, recipe):
+    "torch's cross-entropy on logits, told which activation its outputs want, as fastai's are"
+    if isinstance(loss, nn.BCEWithLogitsLoss) and not hasattr(loss, 'activation'):
+        loss.activation, loss.decodes = torch.sigmoid, partial(labels_called, threshold=recipe.threshold, softmax=False)
+    return loss
+
 def make_learner(
     run, # A run folder, its `Data`, or fastai's DataLoaders, ours or others
     recipe, # A name, a `Recipe` or a TOML file
@@ -182,6 +188,7 @@ def make_learner(
     recipe = get_recipe(recipe)
     if recipe.kind != 'cnn': raise CliError(f"recipe '{recipe.name}' is no network of its own ({recipe.kind}): use `run_recipe`")
     _check_own(own)
+    if 'loss_func' in own: own['loss_func'] = _speaking(own['loss_func'], recipe)
     if model is not None and not isinstance(model, nn.Module): raise CliError(f'model is a {type(model).__name__}: give a module, or the name of a network as `arch`')
     recipe = changed_recipe(recipe, f'-{arch}', arch=arch) if arch else recipe
     dls = _loaders(run, recipe, size, bs, seed)

@@ -23,7 +23,6 @@ from fastai.basics import default_device, get_model, num_distrib, replacing_yiel
 from .core import LABELS, Run, give_back_memory, hardware, log, only_one, pick, sweep, versions, write_whole
 from .recipes import Recipe, finder, get_recipe, parts_of, read_recipe, write_recipe
 from .clean import source_size
-from .page import source_kind
 from .data import as_data, make_dls, make_loader, training_slices
 from .study import StudyRule, by_study, choose_rule
 from .operating import operating_table, table_as_plain
@@ -34,7 +33,7 @@ from .train import train_stages
 from .baselines import BASELINES, header_numbers
 from .sequence import StudyNet, cnn_features, series_dls, series_loader, series_of, with_headers
 from .distributed import first_of_all, gather, join_processes, share, shared
-from .bundle import load_bundle, save_bundle
+from .bundle import learned_in, load_bundle, save_bundle
 
 # %% ../nbs/27_run.ipynb #97741360
 OURS = ('lr_find.csv', 'history.csv', 'losses.csv', 'result.json', 'checkpoints', 'bundle', 'features', 'tensorboard')
@@ -63,7 +62,7 @@ def _learned_from(data, chosen):
 
 def _answers(data, recipe, predictions):
     "What the model's answers need, chosen on the validation patients: the rule for a study, thresholds and calibration; the share of brain from which a slice counts, and what the training slices were"
-    rule, least = StudyRule(), dict(min_brain=data.index.attrs['min_brain'], trained_on=source_kind(data.run))
+    rule, least = StudyRule(), learned_in(data)
     if recipe.validation != 'patients': return dict(study_rule=asdict(rule), **least)  # It has learned from slices of those patients
     valid = predictions[predictions['split'] == 'valid']
     truth = data.labels.loc[valid.index]
