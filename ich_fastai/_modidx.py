@@ -716,6 +716,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'ich_fastai.learner._draw_matrix': ('learner.html#_draw_matrix', 'ich_fastai/learner.py'),
                                     'ich_fastai.learner._loaders': ('learner.html#_loaders', 'ich_fastai/learner.py'),
                                     'ich_fastai.learner._mean_auroc': ('learner.html#_mean_auroc', 'ich_fastai/learner.py'),
+                                    'ich_fastai.learner._name_of': ('learner.html#_name_of', 'ich_fastai/learner.py'),
                                     'ich_fastai.learner._network': ('learner.html#_network', 'ich_fastai/learner.py'),
                                     'ich_fastai.learner._of_these': ('learner.html#_of_these', 'ich_fastai/learner.py'),
                                     'ich_fastai.learner._one_of_several': ('learner.html#_one_of_several', 'ich_fastai/learner.py'),

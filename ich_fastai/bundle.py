@@ -6,7 +6,7 @@
 __all__ = ['Bundle', 'save_bundle', 'check_bundle_place', 'load_bundle', 'learned_in']
 
 # %% ../nbs/26_bundle.ipynb #7e17fa27
-import json, shutil
+import json, os, shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -87,6 +87,7 @@ def load_bundle(
     path, # A folder that `save_bundle` wrote
 )->Bundle:
     "The model in a folder, ready to predict"
+    if not isinstance(path, (str, os.PathLike)): raise CliError(f'a bundle is wanted, not a {type(path).__name__}: give its folder, as `learn.save_bundle` makes one')
     path = Path(path)
     try: about = json.loads((path/'model.json').read_text())
     except (OSError, ValueError) as e: raise CliError(f'{path} is no bundle: give a folder with model.json and model.safetensors in it') from e

@@ -442,6 +442,7 @@ def make_loader(
     batch_tfms=(), # The same, a batch at a time
 )->SliceLoader:
     "A loader over any slices: for training where `seed` is given, otherwise in order, for prediction"
+    if bs < 1: raise CliError(f'bs is {bs}: a batch needs a slice at least')
     if targets is None: targets = np.zeros((len(positions), len(recipe.labels)))
     rows = rows_read(recipe, store, positions)
     _check_items(item_tfms, size, recipe.n_channels)
@@ -674,7 +675,7 @@ def make_dls(
     data, recipe = as_data(run), get_recipe(recipe)
     for name in kwargs: pick(name, _of_loader, 'argument')
     if recipe.validation != 'patients': _warn_of_leak(recipe.name, data.path)
-    size, bs = size or recipe.sizes[0], bs or recipe.batch_sizes[0]
+    size, bs = size or recipe.sizes[0], recipe.batch_sizes[0] if bs is None else bs
     data.check_size(size)
     sides = [data.side(recipe, side, seed) for side in ('train', 'valid')]
     bins, targets, images = data.bins(max(recipe.sizes)), data.targets(recipe), data.images(recipe)

@@ -269,7 +269,8 @@ class Evaluation(NamedTuple):
 def _key(bundle_folder, run, side):
     "A hash of all that the predictions depend on"
     weights = sorted(p for p in Path(bundle_folder).rglob('*') if p.name in ('model.safetensors', 'model.json'))
-    parts = [*(p.read_bytes() for p in weights), run.file('index').read_bytes(), run.file('labels').read_bytes(), side.encode()]
+    frames = [run.file(name) for name in ('index', 'labels', 'split') if run.has(name)]
+    parts = [*(p.read_bytes() for p in [*weights, *frames]), side.encode()]
     return hashlib.blake2b(b''.join(hashlib.blake2b(part).digest() for part in parts), digest_size=8).hexdigest()
 
 def _predicted(folder, key, make):

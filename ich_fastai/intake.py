@@ -206,6 +206,7 @@ def phantom_run(
 )->Run:
     "Phantoms, read, labelled, split and cleaned: a run folder to try things on"
     from ich_fastai.phantom import PREVALENCE, write_phantoms
+    if n_studies < 3: raise CliError(f'n_studies is {n_studies}: a split three ways wants 3 at least')
     Run(path, create=True).record()  # Which makes a folder that holds its own source a run folder
     src = write_phantoms(Path(path)/'phantoms', n_studies, seed, size, n_workers=0, prevalence={label: share*1.6 for label, share in PREVALENCE.items()})
     return make_run(src/'stage_2_train', path, src/'stage_2_train.csv', size, seed, n_workers=0)

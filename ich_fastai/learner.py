@@ -165,8 +165,12 @@ def _check_own(own):
     "Refuse arguments that fastai's Learner does not know, and a name where a function is wanted"
     for name, value in own.items():
         pick(name, _arguments, 'argument')
+        wanted = 'a number' if name in ('lr', 'wd') else 'a function or an object'
         for one in L(value):
-            if isinstance(one, str): raise CliError(f"{name}: '{one}' is a name, a function or an object is wanted: import it, as from fastai.vision.all")
+            if isinstance(one, str): raise CliError(f"{name}: '{one}' is a name, {wanted} is wanted" + (': import it, as from fastai.vision.all' if 'function' in wanted else ''))
+    if isinstance(own.get('loss_func'), type): raise CliError(f"loss_func is the class {own['loss_func'].__name__}: call it, as in loss_func={own['loss_func'].__name__}()")
+
+def _name_of(arch): return getattr(arch, '__name__', arch)
 
 def _speaking(loss, recipe):
     "torch's cross-entropy on logits, told which activation its outputs want, as fastai's are"
@@ -180,7 +184,7 @@ def make_learner(
     seed:int=0, # Of weights, order and augmentation
     size:int=None, # Pixels; the recipe's first where None
     bs:int=None, # Slices in a batch; the recipe's first where None
-    arch:str='', # Another network than the recipe's
+    arch='', # Another network than the recipe's: its name, or its function, such as fastai's resnet18
     model:nn.Module=None, # One of your own
     **own, # Others of fastai's Learner in place of the recipe's: loss_func, opt_func, metrics, cbs, lr, wd
 )->Learner:
@@ -190,7 +194,7 @@ def make_learner(
     _check_own(own)
     if 'loss_func' in own: own['loss_func'] = _speaking(own['loss_func'], recipe)
     if model is not None and not isinstance(model, nn.Module): raise CliError(f'model is a {type(model).__name__}: give a module, or the name of a network as `arch`')
-    recipe = changed_recipe(recipe, f'-{arch}', arch=arch) if arch else recipe
+    if arch: recipe = changed_recipe(recipe, f'-{_name_of(arch)}', arch=_name_of(arch))
     dls = _loaders(run, recipe, size, bs, seed)
     set_seed(seed)
     if not isinstance(dls, HeadLoaders) and not _of_these(dls, recipe): own = dict(loss_func=getattr(dls, 'loss_func', None), metrics=None) | own

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from fastcore.basics import chunked
+from fastcore.foundation import L
 from fastcore.script import CliError
 from . import __version__
 from ._files import MAX_MB, Refused, archive_of, open_zip
@@ -285,7 +286,7 @@ def _sights(parts, rows, stack, stacks, max_mb=MAX_MB, n_workers=0, executor=Non
 
 def _named(series, uids, salt):
     "The series that a user names, by UID or by the hash that stands for it; a `CliError` where one is not there"
-    hashes = {_hashed(uid, salt): uid for uid in uids} if salt else {}
+    series, hashes = L(series), {_hashed(uid, salt): uid for uid in uids} if salt else {}  # One UID may come alone
     named = {hashes.get(uid, uid) for uid in series}
     unknown = named - {'all', *uids}
     if unknown: raise CliError(f'no series {printable(", ".join(sorted(unknown)))}: give the SeriesInstanceUID of one that is there, or all')
