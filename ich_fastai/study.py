@@ -75,10 +75,11 @@ def study_probabilities(
 )->pd.DataFrame: # The six probabilities by StudyInstanceUID; without studies that have no slice with enough brain
     "What a study is told, from its slices with enough brain"
     slices, told = _in_question(predictions)
-    if slices.empty: return pd.DataFrame(columns=list(LABELS), index=pd.Index([], name='StudyInstanceUID'), dtype=float)
     order, starts, names = _stretches(slices['StudyInstanceUID'])
     p = slices[told].to_numpy(np.float64)[order]
-    return pd.DataFrame(_by_rule(p, starts, rule, told), pd.Index(names, name='StudyInstanceUID'), told).reindex(columns=list(LABELS))
+    studies = pd.DataFrame(index=pd.Index(names, name='StudyInstanceUID'), columns=list(LABELS), dtype=float)
+    if p.size: studies[told] = _by_rule(p, starts, rule, told)
+    return studies
 
 # %% ../nbs/21b_study.ipynb #740c13b0
 def study_truth(
@@ -167,7 +168,8 @@ def choose_rule(
     k:int=3, seed:int=0, # As for `compare_rules`
 )->StudyRule:
     "The maximum, unless another rule has a lower log loss by more than a standard error"
-    if not predictions['kept'].any(): return StudyRule()
+    slices, told = _in_question(predictions)
+    if slices.empty or not told: return StudyRule()
     table = compare_rules(predictions, labels, k, seed)
     better = table[table['over_max'] < -table['se']]
     if better.empty: return StudyRule()
