@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from ich_fastai.core import Run
 from ich_fastai.intake import phantom_run
-from ich_fastai.evaluate import difference_interval, of_split, resampled
+from ich_fastai.intervals import difference_interval, of_split, resampled
 from ich_fastai.labels import split_patients
 from ich_fastai.recipes import Recipe
 from ich_fastai.run import run_recipe

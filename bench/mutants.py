@@ -146,10 +146,11 @@ _faults = {
         ('model.standardize(features, dls.positions)', 'model.standardize(features, data.labelled)', 'standardized by all slices'),
         ('make_loader(store, recipe, bins, data.labelled, size, recipe.batch_sizes[-1])', 'make_loader(store, recipe, bins, data.labelled[::-1], size, recipe.batch_sizes[-1])', 'predictions in another order'),
         ('headers = header_numbers(data.run.read(\'metadata\')).reindex(index.index)', 'headers = header_numbers(data.run.read(\'metadata\')).reindex(index.index[::-1])', 'headers of other slices')],
-    '30_evaluate': [
+    '31_figures': [
+        ('np.bincount(t*2 + called, minlength=4)', 'np.bincount(called*2 + t, minlength=4)', 'rows and columns exchanged')],
+    '30_intervals': [
         ('drawn = np.random.default_rng(seed)', 'drawn = np.random.default_rng(0)', 'seed ignored'),
         ('(predictions.kept | (not kept))', '(predictions.kept | True)', 'all slices for the kept'),
-        ('np.bincount(t*2 + called, minlength=4)', 'np.bincount(called*2 + t, minlength=4)', 'rows and columns exchanged'),
         ("patient, names = pd.factorize(predictions.PatientID, sort=True)\n    draws, measure", "patient, names = pd.factorize(predictions.index, sort=True)\n    draws, measure", 'resampled by slice'),
         ('interval(metric, estimate, se*np.sqrt(k/(k - 1)), k', 'interval(metric, estimate, se, k', 'no correction for few patients'),
         ('return 2*k if metric in _of_all else k - 1', 'return 1000', 'normal in place of t'),

@@ -32,7 +32,8 @@ from .distributed import *
 from .sequence import *
 from .bundle import *
 from .run import *
-from .evaluate import *
+from .intervals import *
+from .figures import *
 from .compare import *
 from .predict import *
 from .external import *

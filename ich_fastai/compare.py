@@ -25,8 +25,9 @@ from .explore import PLAIN
 from .study import StudyRule
 from .operating import operating_points
 from .page import banners, data_charts, inline, is_phantom, page, sides_table, slice_charts, slice_figure, source_kind, table
-from .evaluate import (FEW, FEWEST, by_study, difference, intervals, of_split, plot_calibration, plot_confusion,
-                                 plot_roc, with_any)
+from .study import by_study
+from .intervals import FEW, FEWEST, difference, intervals, of_split, with_any
+from .figures import plot_calibration, plot_confusion, plot_roc
 
 # %% ../nbs/32_compare.ipynb #d2a9346c
 def _put(row, name, interval):

@@ -24,7 +24,8 @@ from .study import FOLDS, by_study
 from .operating import calibrated, calibration_error, calibration_line, operating_points
 from .bundle import Bundle, load_bundle
 from .baselines import header_numbers
-from .evaluate import intervals, plot_calibration, plot_confusion, plot_roc
+from .intervals import intervals
+from .figures import plot_calibration, plot_confusion, plot_roc
 from .compare import extreme_slices
 from .predict import bundle_probabilities
 
