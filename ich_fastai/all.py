@@ -34,9 +34,14 @@ from .bundle import *
 from .run import *
 from .intervals import *
 from .figures import *
+from .judge import *
+from .board import *
+from .failures import *
 from .compare import *
+from .report import *
 from .predict import *
 from .external import *
+from .evaluation import *
 
 # %% ../nbs/51_all.ipynb #7ad16b54
 __all__ = [name for name in globals() if not name.startswith('_')]

@@ -284,10 +284,15 @@ def train(
 
 def _options(scale, scratch, epochs, settings, seed):
     "The options that make the same recipe again"
-    given = [f' --scale {scale:g}'*(scale != 1), ' --scratch'*scratch, f' --epochs {epochs}'*(epochs > 0), *(f" --set '{s}'" for s in settings), f' --seed {seed}'*(seed != 0)]
+    given = [f' --scale {scale:g}'*(scale != 1), ' --scratch'*scratch, f' --epochs {epochs}'*(epochs > 0), *(f" --set '{s}'" for s in settings), f' --seeds {seed}'*(seed != 0)]
     return ''.join(given)
 
-@command('ich-compare run bright_pixels khandelwal_resnet18 khandelwal_resnet50', 'ich-compare run all --scale 0.05 --scratch', 'ich-compare run demo_resnet18 --set lr=1e-3        # added to the board')
+def _seeds(text):
+    "Whole numbers, parted by commas"
+    try: return [int(part) for part in str(text).split(',')]
+    except ValueError as e: raise CliError(f"seeds '{text}': give whole numbers with commas, such as 0,1,2") from e
+
+@command('ich-compare run bright_pixels khandelwal_resnet18 khandelwal_resnet50', 'ich-compare run all --scale 0.05 --scratch', 'ich-compare run demo_resnet18 --set lr=1e-3        # added to the board', 'ich-compare run demo_resnet18 demo_alexnet --seeds 0,1,2')
 def compare(
     run:str, # The run folder
     *recipes:str, # Names of recipes, or paths of TOML files; `all` is every recipe on the list but the demo's
@@ -295,7 +300,7 @@ def compare(
     set:Annotated[str, 'Another value for a field of the recipes that it concerns, under names of their own: lr=1e-3; may be given several times', dict(action='append')]=None,
     scale:float=1., # Of every recipe's pixels, batches and epochs, for less time: 0.25 is a quarter of each
     scratch:bool=False, # From random weights, where ImageNet's cannot be fetched? Nothing is frozen then
-    seed:int=0, # Of weights and order, the same for all
+    seeds:str='0', # Of weights and order, the same for all: one, or several as 0,1,2; a recipe's figures are the mean of its seeds
     quiet:bool=False, # No progress bars, no summary
 ):
     "Train each recipe on the same split, add it to the leaderboard, and write one HTML report"
@@ -305,8 +310,11 @@ def compare(
     if recipes == ('all',): recipes = [name for name in known if not name.startswith('demo_')]
     folder, find = Run(run), _finder(scale, scratch, epochs, set or [], recipes)
     recipes = [find(r) for r in recipes]
-    from ich_fastai.compare import compare as compare_recipes, report, summary
-    board = compare_recipes(folder, recipes, seed=seed, find=find)
+    numbers = _seeds(seeds)
+    from ich_fastai.board import summary
+    from ich_fastai.compare import compare as compare_recipes
+    from ich_fastai.report import report
+    board = compare_recipes(folder, recipes, seeds=numbers, find=find)
     if first_process(): say(*summary(board).splitlines(), f'report: {report(folder)}')
 
 # %% ../nbs/50_cli.ipynb #dc7b337d
@@ -322,7 +330,7 @@ def evaluate(
     from ich_fastai.core import Run
     folder = Run(run)
     folder.need('metadata', 'labels', 'index')
-    from ich_fastai.external import evaluate_bundle
+    from ich_fastai.evaluation import evaluate_bundle
     found = evaluate_bundle(bundle, folder, side, seed=seed)
     say(*found.findings, f'figures: {found.folder/"judge.parquet"}', f'report: {found.folder/"report.html"}')
 
@@ -406,6 +414,8 @@ def _demo(folder, quick, seed):
     say('3/4 clean images')
     clean_into(folder, 64 if quick else 128)
     say('4/4 train and compare')
-    from ich_fastai.compare import compare as compare_recipes, report, summary
-    board = compare_recipes(folder, [_quick(r) if quick else get_recipe(r) for r in _demo_recipes], seed=seed)
+    from ich_fastai.board import summary
+    from ich_fastai.compare import compare as compare_recipes
+    from ich_fastai.report import report
+    board = compare_recipes(folder, [_quick(r) if quick else get_recipe(r) for r in _demo_recipes], seeds=seed)
     say(*summary(board).splitlines(), f'report: {report(folder)}', 'Research use, not a medical device. Phantoms are not patients.')

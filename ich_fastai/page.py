@@ -114,11 +114,14 @@ figcaption { font-size: .82rem; margin-top: .3rem; }
 .groups { display: grid; grid-template-columns: repeat(auto-fit, minmax(430px, 1fr)); gap: 1rem 2rem; margin: 1.4rem 0; }
 .group > p { font-weight: 600; font-size: .9rem; margin: 0 0 .3rem; }
 .row { display: flex; gap: .6rem; }
+.many { flex-wrap: wrap; }
 .slice { margin: 0; width: 132px; }
 .slice img { width: 132px; background: #000; border-radius: 4px; }
 .slice figcaption span { display: block; line-height: 1.25; }
 pre { background: var(--wash); border: 1px solid var(--line); border-radius: 6px; padding: .8rem 1rem; columns: 2;
   font: .74rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; white-space: pre-wrap; overflow-wrap: anywhere; }
+details { margin: .8rem 0; border-top: 1px solid var(--line); }
+summary { cursor: pointer; font-weight: 600; padding: .5rem 0; overflow-wrap: anywhere; }
 footer { margin-top: 4rem; border-top: 1px solid var(--line); padding-top: 1rem; color: var(--soft); font-size: .88rem; }
 @media (max-width: 640px) {
   pre { columns: 1; }
@@ -133,6 +136,7 @@ footer { margin-top: 4rem; border-top: 1px solid var(--line); padding-top: 1rem;
   figure, tr, .group, pre { break-inside: avoid; }
   h2, h3, caption { break-after: avoid; }
   .wide { overflow: visible; }
+  details::details-content { content-visibility: visible; height: auto; }
 }
 '''
 
