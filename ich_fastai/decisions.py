@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PREVALENCES', 'chosen_thresholds', 'study_alarms', 'decision_table', 'net_benefit', 'net_benefits']
 
-# %% ../nbs/31d_decisions.ipynb #ce858e25
+# %% ../nbs/31d_decisions.ipynb #e09ce862
 import numpy as np
 import pandas as pd
 from fastcore.script import CliError
@@ -14,15 +14,15 @@ from .metrics import Draws
 from .operating import POINTS, operating_points, predictive_values
 from .intervals import FEW, FEWEST, difference_interval, judged_values, patient_weights, resampled
 
-# %% ../nbs/31d_decisions.ipynb #7b9f6e98
+# %% ../nbs/31d_decisions.ipynb #4395fc88
 def chosen_thresholds(
     predictions:pd.DataFrame, labels:pd.DataFrame, # Of valid, the same rows
 )->dict: # By point of `POINTS`: a Series of thresholds by label
     "The thresholds that a bundle keeps, chosen on these rows"
     return {point: operating_points(predictions, labels, **asked)['threshold'] for point, asked in POINTS.items()}
 
-# %% ../nbs/31d_decisions.ipynb #25d23629
-PREVALENCES = .01, .1, .4  # Rare, as an emergency department has it, and as a trauma center has it
+# %% ../nbs/31d_decisions.ipynb #47dca463
+PREVALENCES = .01, .1, .4  # .4 is about that of the RSNA set's studies
 
 def _at_bounds(row, of, prevalence, which):
     "Where all calls are right, or none is: what the bounds of sensitivity and specificity leave"
@@ -48,7 +48,7 @@ def _share_rows(predictions, labels, cuts, prevalences, n, seed):
     for prevalence in prevalences: rows |= _predictive_rows(predictions, labels, cuts, shares, [*rows.values()][:2], prevalence)
     return rows
 
-# %% ../nbs/31d_decisions.ipynb #7f148d5b
+# %% ../nbs/31d_decisions.ipynb #ccc9670d
 def study_alarms(
     predictions:pd.DataFrame, labels:pd.DataFrame, # Of slices, the same rows
     label:str, threshold:float,
@@ -73,26 +73,35 @@ def _mean_interval(values, k):
 def _share_of_patients(values, k):
     return share_interval(values[0], np.nanstd(values[1:])*np.sqrt(k/(k - 1)), k, k - 1)
 
-def _few(k): return f'no interval: {k} patients with a study without the label' if k < FEWEST else f'only {k} patients with a study without the label' if k < FEW else ''
+def _few(k):
+    found = f'{k} patients with a study without the label'
+    if k < FEWEST: return f'no interval: {found}'
+    return f'only {found}' if k < FEW else ''
+
+def _alarm_row(x, patient, k, weights, interval):
+    "Estimate, interval and note of a mean of studies"
+    values, note = _per_study(x, patient, weights), _few(k)
+    if values[0] == 0 and interval is _mean_interval: note = f'no interval: no alarm in {k} patients'
+    low, high = (np.nan, np.nan) if note.startswith('no interval') else interval(values, k)
+    return dict(estimate=values[0], low=low, high=high, note=note)
+
+def _why_none(studies, told, threshold):
+    "Why there is no figure, or nothing"
+    if not told: return 'not predicted'
+    if np.isnan(threshold): return 'no threshold'
+    return '' if len(studies) else 'not defined here'
 
 def _alarm_rows(predictions, labels, label, threshold, n, seed):
     "Slices called a study, and share of studies with one, by metric"
-    nothing = dict(estimate=np.nan, low=np.nan, high=np.nan)
-    names = ['alarms a study', 'studies with a false alarm']
-    if predictions[label].isna().all() or np.isnan(threshold): return {name: nothing | dict(note='not predicted' if predictions[label].isna().all() else 'no threshold') for name in names}
+    intervals_ = {'alarms a study': _mean_interval, 'studies with a false alarm': _share_of_patients}
     studies, everyone = study_alarms(predictions, labels, label, threshold), np.sort(predictions['PatientID'].unique())
-    if studies.empty: return {name: nothing | dict(note='not defined here') for name in names}
+    none = _why_none(studies, predictions[label].notna().any(), threshold)
+    if none: return {name: dict(estimate=np.nan, low=np.nan, high=np.nan, note=none) for name in intervals_}
     patient, k = np.searchsorted(everyone, studies['PatientID']), studies['PatientID'].nunique()
-    weights = patient_weights(len(everyone), n, seed)
-    def row(x, interval):
-        values, note = _per_study(x, patient, weights), _few(k)
-        if values[0] == 0 and interval is _mean_interval: note = f'no interval: no alarm in {k} patients'
-        low, high = (np.nan, np.nan) if note.startswith('no interval') else interval(values, k)
-        return dict(estimate=values[0], low=low, high=high, note=note)
-    called = studies['called']
-    return dict(zip(names, (row(called, _mean_interval), row(called > 0, _share_of_patients))))
+    weights, called = patient_weights(len(everyone), n, seed), studies['called']
+    return {name: _alarm_row(x, patient, k, weights, interval) for (name, interval), x in zip(intervals_.items(), (called, called > 0))}
 
-# %% ../nbs/31d_decisions.ipynb #7267be25
+# %% ../nbs/31d_decisions.ipynb #c252275c
 _columns = ['data', 'group', 'version', 'point', 'label', 'metric', 'estimate', 'low', 'high', 'note']
 
 def _point_rows(predictions, labels, cuts, prevalences, n, seed, alarms):
@@ -118,7 +127,7 @@ def decision_table(
     table = pd.concat(points, names=['point']).reset_index('point').assign(data=data, group=group, version=version)
     return table.astype(dict(estimate=float, low=float, high=float))[_columns].reset_index(drop=True)
 
-# %% ../nbs/31d_decisions.ipynb #65e01c93
+# %% ../nbs/31d_decisions.ipynb #73b000a4
 def net_benefit(
     p, t, # [n] probabilities and bool truth
     thresholds, # [k] probabilities from which one would act
