@@ -26,7 +26,7 @@ from .clean import source_size
 from .page import source_kind
 from .loss import LabelLoss
 from .study import StudyRule
-from .operating import table_of_plain
+from .operating import point_of, table_of_plain
 from .models import create_model, load_weights, save_weights
 from .learner import HeadLearner
 from .sequence import StudyNet
@@ -51,9 +51,11 @@ class Bundle:
 
     def operating(self,
         level:str='slice', # Or 'study'
-    )->pd.DataFrame: # As from `operating_table`; NaN in earlier bundles
+        point:str=None, # One of `POINTS`, as 'sensitivity .95'; None for the table of all
+    )->pd.DataFrame: # As from `operating_table`, Youden's point first; of one point: threshold, sensitivity, specificity, slope, intercept; NaN for what an earlier bundle lacks
         "Thresholds and calibration, chosen on the validation patients of the training"
-        return table_of_plain(self.extra.get('operating', {}).get(level, {}))
+        table = table_of_plain(self.extra.get('operating', {}).get(level, {}))
+        return table if point is None else point_of(table, point)
 
 def save_bundle(
     path, # A folder, made where it is missing
