@@ -77,11 +77,6 @@ def _keep(run, lots):
 # %% ../nbs/16_intake.ipynb #161dbf08
 def no_refusal(**frames): "Nothing stands in the way: `index`, `labels` or `split` may become these"
 
-def _trained(run):
-    "Whether a model was trained in the run folder, or is in training"
-    folders = [path.parent for path in run.path.glob('models/*/*/recipe.toml')]
-    return any((folder/name).exists() for folder in folders for name in ('predictions.parquet', 'checkpoints/last.pt'))
-
 def _alike(name, before, now):
     return before['kept'].equals(now['kept']) if name == 'index' else before.equals(now)
 
@@ -91,7 +86,7 @@ def no_change(
     "Refuse other labels, split or kept slices where models are trained; the commands ask which of those would be void"
     def refuse(**frames):
         for name, frame in frames.items():
-            if not _trained(run) or not run.has(name) or _alike(name, run.read(name), frame): continue
+            if not run.trained() or not run.has(name) or _alike(name, run.read(name), frame): continue
             raise CliError(f'{name} of {run.path} would change, and models were trained there: choose another run folder')
     return refuse
 
