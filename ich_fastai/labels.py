@@ -164,7 +164,7 @@ def _read_long(path):
     return _pivoted(path, *_number_images(images), label, truth)
 
 # %% ../nbs/12_labels.ipynb #81c1a6d1
-def _named_in(images, others): # bool by image; Arrow's texts would take ten times as long
+def _named_in(images, others): # bool by image; Arrow's texts take four times as long
     return images.astype(object).isin(others.astype(object))
 
 def coverage(
