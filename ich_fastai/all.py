@@ -14,6 +14,7 @@ from .dicom import *
 from .series import *
 from .metadata import *
 from .labels import *
+from .folds import *
 from .clean import *
 from .explore import *
 from .page import *
@@ -32,6 +33,7 @@ from .distributed import *
 from .sequence import *
 from .bundle import *
 from .run import *
+from .crossval import *
 from .intervals import *
 from .figures import *
 from .judge import *

@@ -100,11 +100,16 @@ def _executor(scheduler, *paths):
 
 def _many(n, what): return f'{n:,} {what}{"s"*(n != 1)}'
 
+def _model_name(run, folder):
+    "Recipe, seed and, of a fold's model, the fold"
+    of = folder.parents[2].relative_to(run.path)
+    return f'{folder.parent.name} (seed {folder.name}{f", {of.as_posix()}" if of.parts else ""})'
+
 def _refuse_to_void(run, force, **frames):
     "Refuse what would make trained models worthless"
-    if force or not any(run.path.glob('models/*/*/recipe.toml')): return
+    if force or not run.trained(): return
     from ich_fastai.run import voided
-    lost = [f'{folder.parent.name} (seed {folder.name})' for folder in voided(run, **frames)]
+    lost = [_model_name(run, folder) for folder in voided(run, **frames)]
     if lost: raise CliError(f'this would void {_many(len(lost), "trained model")}, {", ".join(lost[:5])}{" and others" if len(lost) > 5 else ""}: choose another run folder, or do it with --force')
 
 def _gray_source(src, window, second, second_window, patients, no_patients):
@@ -177,6 +182,7 @@ def _duration(seconds):
 # %% ../nbs/50_cli.ipynb #45efadee
 @command('ich-metadata rsna/stage_2_train run --labels rsna/stage_2_train.csv', 'ich-metadata /data/ct run --dry                      # what it will take; writes nothing',
          'ich-metadata studies.zip run --n-workers 8',
+         'ich-metadata studies.zip run --labels labels.csv --test .2 --valid .1', 'ich-metadata studies.zip run --labels labels.csv --split split.csv      # columns PatientID,split',
          'ich-metadata images run --window brain --patients who.csv --labels wide.csv        # PNG or JPEG files')
 def metadata(
     src:str, # A folder of DICOM files, nested as you like, or a zip archive; with --window a folder of PNG or JPEG files
@@ -194,23 +200,28 @@ def metadata(
     series:Annotated[str, 'SeriesInstanceUID of a series to use in its study, whatever the rule says; may be given several times; `all` uses every axial series that shows a head', dict(action='append')]=None,
     deidentify:bool=False, # Put salted hashes in place of PatientID and UIDs? The salt stays in the run folder
     seed:int=0, # Of the split by patient
+    valid:float=None, # Share of the patients that validate: chooses epochs, thresholds, calibration; 0.15 where nothing is said
+    test:float=None, # Share of the patients that test, also 0.15
+    split:str='', # In place of a drawn split a CSV file with the columns PatientID,split or StudyInstanceUID,split or image,split, where split is train, valid or test
     force:bool=False, # Replace labels and split even where that voids trained models?
     quiet:bool=False, # No progress bars, no summary
 ):
     "Read every DICOM file, or 8-bit image of a window, into a frame of metadata, and the label file into labels and a split by patient"
     from ich_fastai.core import Run
-    from ich_fastai.intake import check_source, keep_labels, read_into, run_salt, same_source
+    from ich_fastai.intake import check_source, chosen_split, keep_labels, read_into, run_salt, same_source
     from ich_fastai.labels import read_labels
     source = check_source(src, run)  # A wrong path must not leave a run folder behind, nor a wrong label file cost a long reading
     files, gray = _gray_source(source, window, second, second_window, patients, no_patients)
     if dry: return _tell_estimate(files, run, n_workers)
+    shares = {side: share for side, share in dict(valid=valid, test=test).items() if share is not None}
+    sides, shares = chosen_split(labels, split, **shares)
     truth = None if labels is None else read_labels(labels)
     with Run(os.path.abspath(run), create=True).locked() as folder, _executor(scheduler, source, os.path.abspath(run)) as executor:
         same_source(folder, source, deidentify)
         folder.record(source=source, series=series or [], **gray)  # Before the reading: an interrupted run must know its own source again
         salt = run_salt(folder) if deidentify else None
         made = read_into(folder, files, truth, os.path.abspath(labels or ''), seed, partial(_refuse_to_void, folder, force), salt,
-                         n_workers=n_workers, executor=executor, max_mb=max_mb, series=series or ())
+                         shares, sides, n_workers=n_workers, executor=executor, max_mb=max_mb, series=series or ())
         _metadata_summary(folder)
         if made is None: return say('labels and split are as they were' if folder.has('split') else 'no labels: give them with `--labels FILE` to train', f'next: `ich-clean {run}`')
         keep_labels(folder, *made)

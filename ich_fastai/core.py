@@ -402,6 +402,11 @@ def only_one(
 _made_by = dict(metadata='ich-metadata SRC {run}', errors='ich-metadata SRC {run}', series='ich-metadata SRC {run}', labels='ich-metadata SRC {run} --labels FILE',
                 split='ich-metadata SRC {run} --labels FILE', index='ich-clean {run}')
 
+def _facts(folder):
+    path = folder/'run.json'
+    try: return json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as e: raise CliError(f'{path} is damaged: delete it, and give this run another folder if you do not know what is in it') from e
+
 class Run:
     "A run folder: where each room finds and leaves its frames"
     def __init__(self,
@@ -422,17 +427,41 @@ class Run:
     @property
     def begun(self)->bool: return (self.path/'run.json').exists() or any(map(self.has, ('metadata', 'errors', 'labels', 'split')))
     @property
-    def images(self)->Path: return self.path/'images'
+    def images(self)->Path: return self.root/'images'
     def model(self, recipe:str, seed:int=0)->Path: return self.path/'models'/recipe/str(seed)
-    def file(self, name:str)->Path: return self.images/'index.parquet' if name=='index' else self.path/f'{name}.parquet'
     def has(self, name:str)->bool: return self.file(name).exists()
+
+    @property
+    def is_fold(self)->bool: return 'fold_of' in _facts(self.path)
+    @property
+    def root(self)->Path:
+        "Where all frames but the split are: of a fold the run folder that it is a fold of"
+        up = _facts(self.path).get('fold_of')
+        if up is None: return self.path
+        root = Path(os.path.normpath(self.path/up))
+        if not (root/'labels.parquet').exists(): raise CliError(f'{self.path} is a fold of a run folder that is not at {root}: put it back there')
+        return root
+
+    def file(self, name:str)->Path:
+        if name == 'index': return self.images/'index.parquet'
+        return (self.path if name == 'split' else self.root)/f'{name}.parquet'
+
+    def folds(self)->list: # Of `Run`s
+        "The folds that were made of this run folder"
+        return [Run(path.parent) for path in sorted(self.path.glob('folds/*/*/run.json'))]
+
+    def trained(self)->list: # Folders
+        "The models that were trained here and in the folds, or are in training"
+        here = [path.parent for path in sorted(self.path.glob('models/*/*/recipe.toml'))]
+        begun = [folder for folder in here if any((folder/name).exists() for name in ('predictions.parquet', 'checkpoints/last.pt'))]
+        return begun + [folder for fold in self.folds() for folder in fold.trained()]
 
     def need(self,
         *names:str, # As for `read`
     ):
         "An error that names the command that makes it, where one of the frames is missing"
         for name in names:
-            if not self.has(name): raise CliError(f'no {self.file(name)}: make it with `{_made_by[name].format(run=self.path)}`')
+            if not self.has(name): raise CliError(f'no {self.file(name)}: make it with `{_made_by[name].format(run=self.root)}`')
 
     def read(self,
         name:str, # 'metadata', 'series', 'errors', 'labels', 'split' or 'index'
@@ -442,32 +471,36 @@ class Run:
         import pandas as pd
         self.need(name)
         try: frame = pd.read_parquet(self.file(name), columns=columns)
-        except (OSError, ValueError) as e: raise CliError(f'{self.file(name)} is damaged or of another version: make it again with `{_made_by[name].format(run=self.path)}`') from e
-        return frame.assign(fname=[os.path.join(self.path.absolute(), f) for f in frame['fname']]) if 'fname' in frame else frame
+        except (OSError, ValueError) as e: raise CliError(f'{self.file(name)} is damaged or of another version: make it again with `{_made_by[name].format(run=self.root)}`') from e
+        return frame.assign(fname=[os.path.join(self.root.absolute(), f) for f in frame['fname']]) if 'fname' in frame else frame
 
     def write(self,
         name:str, # As for `read`
         frame, # A DataFrame; its index is kept
     ):
         "Write the frame whole; `fname` in it becomes absolute, so that the run folder can be used from anywhere"
+        if name != 'split': self.no_fold()
         if 'fname' in frame: frame = frame.assign(fname=[os.path.abspath(f) for f in frame['fname']])
         with write_whole(self.file(name)) as part: frame.to_parquet(part)
+
+    def no_fold(self):
+        "Refuse to change in a fold what belongs to its run folder"
+        if self.is_fold: raise CliError(f'{self.path} is a fold: give the run folder {self.root}')
 
     @contextmanager
     def locked(self):
         "Keep other commands out of the folder, and remove what a killed one left half written"
+        self.no_fold()
         with only_one(self.path, 'wait until it ends, or choose another run folder'):
             sweep(self.path)
             yield self
 
     @property
     def facts(self)->dict:
-        "What `run.json` says: versions, hardware, sources, seed"
-        path = self.path/'run.json'
-        try: return json.loads(path.read_text()) if path.exists() else {}
-        except ValueError as e: raise CliError(f'{path} is damaged: delete it, and give this run another folder if you do not know what is in it') from e
+        "What `run.json` says: versions, hardware, sources, seed; of a fold also what is said of its run folder"
+        return _facts(self.root) | _facts(self.path)
 
     def record(self, **facts):
         "Add to `run.json`"
-        facts = {**self.facts, 'versions': versions(), 'hardware': hardware(), **facts}
+        facts = {**_facts(self.path), 'versions': versions(), 'hardware': hardware(), **facts}
         with write_whole(self.path/'run.json') as part: part.write_text(json.dumps(facts, indent=2, default=str))

@@ -293,7 +293,7 @@ def open_pictures(
 ): # The store, or one of JPEG files of the recipe's windows, made where they are missing
     "What the recipe reads its slices from"
     if recipe.view != 'jpeg': return store
-    return JpegStore(store, export_images(store, run.path/'jpeg', recipe.windows, size=JPEG_SIZE))
+    return JpegStore(store, export_images(store, run.root/'jpeg', recipe.windows, size=JPEG_SIZE))
 
 # %% ../nbs/20_data.ipynb #89980e64
 def sizes_read(
@@ -535,7 +535,7 @@ class Data:
     def check_size(self, size:int):
         "Refuse a size for which the store has no images"
         if size <= max(self.store.sizes): return
-        raise CliError(f'{self.store} has no images of {size} px: make them with `ich-clean {self.run.path} --size {size}`')
+        raise CliError(f'{self.store} has no images of {size} px: make them with `ich-clean {self.run.root} --size {size}`')
 
     @property
     def labelled(self)->np.ndarray: return labelled_slices(self.index, self.split)

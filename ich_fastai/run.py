@@ -22,6 +22,7 @@ from fastai.basics import default_device, get_model, num_distrib, replacing_yiel
 
 from .core import LABELS, Run, give_back_memory, hardware, log, only_one, pick, sweep, versions, write_whole
 from .recipes import Recipe, finder, get_recipe, parts_of, read_recipe, write_recipe
+from .folds import fold_frames
 from .clean import source_size
 from .data import as_data, make_dls, make_loader, training_slices
 from .study import StudyRule, by_study, choose_rule
@@ -137,9 +138,14 @@ def voided(
     run:Run,
     **frames, # Of 'index', 'labels' and 'split' those that are to change, as they will be
 )->list: # Folders of models, trained or in training
-    "The models that hold now and would not hold with other frames"
-    folders = [path.parent for path in sorted(run.path.glob('models/*/*/recipe.toml')) if any((path.parent/f).exists() for f in ('predictions.parquet', 'checkpoints/last.pt'))]
-    if not folders or not all(map(run.has, ('index', 'labels', 'split'))): return []
+    "The models that hold now and would not hold with other frames, here and in the folds"
+    if not run.trained() or not all(map(run.has, ('index', 'labels', 'split'))): return []
+    frames = {name: frame for name, frame in frames.items() if name == 'index' or not frame.equals(run.read(name))}
+    return _voided_here(run, **frames) + [folder for fold in run.folds() for folder in _voided_here(fold, **fold_frames(fold, **frames))]
+
+def _voided_here(run, **frames):
+    folders = [folder for folder in run.trained() if folder.parents[2] == run.path]
+    if not folders or not frames: return []
     now = {name: run.read(name) for name in ('index', 'labels', 'split')}
     def lost(folder):
         recipe, seed = read_recipe(folder/'recipe.toml'), int(folder.name)
