@@ -1057,6 +1057,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'ich_fastai.published._own_figure': ('published.html#_own_figure', 'ich_fastai/published.py'),
                                       'ich_fastai.published._own_test': ('published.html#_own_test', 'ich_fastai/published.py'),
                                       'ich_fastai.published._petkov': ('published.html#_petkov', 'ich_fastai/published.py'),
+                                      'ich_fastai.published._petkov_binary': ('published.html#_petkov_binary', 'ich_fastai/published.py'),
+                                      'ich_fastai.published._petkov_types': ('published.html#_petkov_types', 'ich_fastai/published.py'),
                                       'ich_fastai.published._pyligent': ('published.html#_pyligent', 'ich_fastai/published.py'),
                                       'ich_fastai.published._qiu': ('published.html#_qiu', 'ich_fastai/published.py'),
                                       'ich_fastai.published._said_of_types': ('published.html#_said_of_types', 'ich_fastai/published.py'),

@@ -8,7 +8,7 @@ __all__ = ['SOURCES', 'REPORTS', 'PUBLISHED', 'CONFUSIONS', 'BALANCED', 'BY_EPOC
            'plot_types_confusion', 'by_types', 'plot_by_types', 'by_epoch', 'plot_epochs', 'chance', 'why_different',
            'published_table']
 
-# %% ../nbs/33_published.ipynb #b50b8a39
+# %% ../nbs/33_published.ipynb #1cda8dd2
 import json, math
 from dataclasses import fields
 from pathlib import Path
@@ -25,7 +25,7 @@ from .labels import subset
 from .metrics import Draws
 from .recipes import Recipe, get_recipe, recipes
 
-# %% ../nbs/33_published.ipynb #bb963583
+# %% ../nbs/33_published.ipynb #913fee63
 class Published(NamedTuple):
     "One published figure"
     recipe: str             # The recipe that it is of
@@ -51,42 +51,52 @@ SOURCES = dict(petkov='Petkov and Singal', khandelwal='Khandelwal et al. 2022', 
 REPORTS = dict(petkov='000', dibernardo='001', pyligent='002', khandelwal='003', qiu='004')  # How the names of the texts begin
 PUBLISHED = []
 
-# %% ../nbs/33_published.ipynb #f2f16505
+# %% ../nbs/33_published.ipynb #e65bb9ee
 def _confusion(rows, names): return pd.DataFrame(rows, pd.Index(names, name='actual'), pd.Index(names, name='predicted'))
 
 CONFUSIONS = dict(  # Counts, figures 6 and 10 of the report
     petkov_binary=_confusion([[57, 343], [257, 1743]], ['no', 'yes']),
-    petkov_types=_confusion([[86, 66, 78, 95, 75], [87, 56, 73, 94, 90], [84, 69, 74, 90, 83], [91, 63, 81, 94, 71], [76, 77, 72, 81, 94]], TYPES))
+    petkov_types=_confusion([[86, 66, 78, 95, 75], [87, 56, 73, 94, 90], [84, 69, 74, 90, 83],
+                             [91, 63, 81, 94, 71], [76, 77, 72, 81, 94]], TYPES))
+
+def _petkov_binary(metric, value, printed, where, **other):
+    about = dict(on='400 slices of each type, 400 without a bleed', share=5/6, even=True)
+    return Published('petkov_binary', metric, value, printed, where, **about | other)
+
+def _petkov_types(metric, value, printed, where, **other):
+    return Published('petkov_types', metric, value, printed, where, 'as many slices of each type', even=True, **other)
 
 def _petkov():
-    binary = dict(on='400 slices of each type, 400 without a bleed', share=5/6, even=True)
-    types = dict(on='400 slices of each type', even=True)
-    curve = dict(flaw='while the epoch trains, augmented and with dropout')
-    wrong, doubt = 'contradicts its accuracy: the test generator was shuffled', 'its confusion matrix gives {}'
-    yes, of_yes = '1 257 1743', 'figure 6'
+    wrong = 'contradicts its accuracy, as if the truth had been shuffled against the predictions'
+    first, last = (dict(side='train', epoch=epoch, flaw='while the epoch trains, augmented and with dropout') for epoch in ('first', 'last'))
+    tenth = dict(side='valid', flaw='a tenth of the training slices, by slice')
+    few = dict(on='a small set, as many with a bleed as without', side='valid', share=.5, flaw='validated by slice')
+    yes, train, train_types = '1 257 1743', 'Train 0.45 0.30 0.81 0.88', 'Train 1.79 1.17 0.26 0.51'
     return [
-        Published('petkov_binary', 'accuracy', .89, '89% test accuracy on the binary model', 'abstract, figure 5', flaw=doubt.format('0.750, less than always "yes"'), **binary),
-        Published('petkov_binary', 'log_loss', .27, 'Test 0.27 0.89', 'figure 5', **binary),
-        Published('petkov_binary', 'accuracy', 1800/2400, yes, of_yes, flaw=wrong, **binary),
-        Published('petkov_binary', 'recall', 1743/2000, yes, of_yes, flaw=wrong, **binary),
-        Published('petkov_binary', 'precision', 1743/2086, yes, of_yes, flaw=wrong, **binary),
-        Published('petkov_binary', 'accuracy', .89, 'Validation 0.35 0.26 0.83 0.89', 'figure 5', side='valid', flaw='a tenth of the training slices, by slice', **binary),
-        Published('petkov_binary', 'train_accuracy', .81, 'Train 0.45 0.30 0.81 0.88', 'figure 5', side='train', epoch='first', **curve | binary),
-        Published('petkov_binary', 'train_accuracy', .88, 'Train 0.45 0.30 0.81 0.88', 'figure 5', side='train', epoch='last', **curve | binary),
-        Published('petkov_binary_even', 'accuracy', .83, 'an 83% validation accuracy', 'section 4.1', 'a small set, as many with a bleed as without', 'valid', .5, True, flaw='validated by slice'),
-        Published('petkov_types', 'top1', .54, '54% test accuracy on the multiclass model', 'abstract, figure 9', flaw=doubt.format('0.202, as chance does'), **types),
-        Published('petkov_types', 'types_log_loss', 1.14, 'Test 1.14 0.54', 'figure 9', **types),
-        Published('petkov_types', 'top1', 404/2000, '0 86 66 78 95 75', 'figure 10', flaw=wrong, **types),
-        Published('petkov_types', 'top1', .56, 'Validation 1.50 1.11 0.37 0.56', 'figure 9', side='valid', flaw='a tenth of the training slices, by slice', **types),
-        Published('petkov_types', 'train_accuracy', .26, 'Train 1.79 1.17 0.26 0.51', 'figure 9', side='train', epoch='first', **curve | types),
-        Published('petkov_types', 'train_accuracy', .51, 'Train 1.79 1.17 0.26 0.51', 'figure 9', side='train', epoch='last', **curve | types),
+        _petkov_binary('accuracy', .89, '89% test accuracy on the binary model', 'abstract, figure 5',
+                       flaw='its confusion matrix gives 0.750, less than always "yes"'),
+        _petkov_binary('log_loss', .27, 'Test 0.27 0.89', 'figure 5'),
+        _petkov_binary('accuracy', 1800/2400, yes, 'figure 6', flaw=wrong),
+        _petkov_binary('recall', 1743/2000, yes, 'figure 6', flaw=wrong),
+        _petkov_binary('precision', 1743/2086, yes, 'figure 6', flaw=wrong),
+        _petkov_binary('accuracy', .89, 'Validation 0.35 0.26 0.83 0.89', 'figure 5', **tenth),
+        _petkov_binary('train_accuracy', .81, train, 'figure 5', **first),
+        _petkov_binary('train_accuracy', .88, train, 'figure 5', **last),
+        _petkov_binary('accuracy', .83, 'an 83% validation accuracy', 'section 4.1', **few)._replace(recipe='petkov_binary_even'),
+        _petkov_types('top1', .54, '54% test accuracy on the multiclass model', 'abstract, figure 9',
+                      flaw='its confusion matrix gives 0.202, as chance does'),
+        _petkov_types('types_log_loss', 1.14, 'Test 1.14 0.54', 'figure 9'),
+        _petkov_types('top1', 404/2000, '0 86 66 78 95 75', 'figure 10', flaw=wrong),
+        _petkov_types('top1', .56, 'Validation 1.50 1.11 0.37 0.56', 'figure 9', **tenth),
+        _petkov_types('train_accuracy', .26, train_types, 'figure 9', **first),
+        _petkov_types('train_accuracy', .51, train_types, 'figure 9', **last),
     ]
 
 PUBLISHED += _petkov()
 
-# %% ../nbs/33_published.ipynb #7780b0df
+# %% ../nbs/33_published.ipynb #c3533ebb
 def _khandelwal():
-    leaks = 'a random 20 % of the slices: others of the same studies were learned from, and the epoch was chosen on them'
+    leaks = 'a random 20 % of the slices: others of the same studies were learned from'
     half = dict(on='20 % of 194,082 slices, "pretty balanced"', share=.5, flaw=leaks)
     several = dict(on='20 % of the slices with a bleed', flaw=leaks)
     row = '2 0.262578 0.265090 0.110959 0.889041'
@@ -104,7 +114,7 @@ def _khandelwal():
 
 PUBLISHED += _khandelwal()
 
-# %% ../nbs/33_published.ipynb #d4789a70
+# %% ../nbs/33_published.ipynb #fe33990f
 def _dibernardo():
     told = dict(simple_nn=('0.9', '84.11%', '0.137'), deep_cnn=('0.93', '92.17%', '0.0663'), resnet50=('0.99', '89.91%', '0.0694'))
     on = dict(on='slices with 3+ types and without a bleed', share=6547/26547, flaw='the balance of its test is not told: that of its training here')
@@ -114,37 +124,41 @@ def _dibernardo():
         return [Published(recipe, 'auroc', float(auc), f'ROC Curve, AUC = {auc}', where, **on),
                 Published(recipe, 'accuracy', float(accuracy[:-1])/100, f'Test accuracy: {accuracy}', where, **on),
                 Published(recipe, 'mse', float(mse), f'Test MSE: {mse}', where, **on)]
-    def few(network, n): return Published(f'dibernardo_{network}_{n}plus', 'accuracy', math.nan, **chart | dict(on=chart['on'].format(n)), share=6547/26547)
+    def few(network, n):
+        about = chart | dict(on=chart['on'].format(n), share=6547/26547)
+        return Published(f'dibernardo_{network}_{n}plus', 'accuracy', math.nan, **about)
     return [f for network in told for f in [*three(network, *told[network]), few(network, 1), few(network, 2)]]
 
 PUBLISHED += _dibernardo()
 
-# %% ../nbs/33_published.ipynb #b8ae850f
+# %% ../nbs/33_published.ipynb #3b52d0b7
 def _pyligent():
     private, public = (f'the challenge\'s own test, the {part}' for part in ('private 99 %', 'public 1 %'))
     blank = 'its training images were blank: a name that is not defined, behind a bare `except`'
-    def scores(recipe, private_score, public_score, flaw):
-        return [Published(recipe, 'weighted_log_loss', float(private_score), f'Private Scores : 99% test data: {private_score}', 'results summary', private, flaw=flaw),
-                Published(recipe, 'weighted_log_loss', float(public_score), f'Public Scores: 1% test data: {public_score}', 'results summary', public, flaw=flaw)]
+    def scores(recipe, of_private, of_public, flaw):
+        printed = f'Private Scores : 99% test data: {of_private}', f'Public Scores: 1% test data: {of_public}'
+        both = zip((of_private, of_public), printed, (private, public))
+        return [Published(recipe, 'weighted_log_loss', float(value), text, 'results summary', on, flaw=flaw) for value, text, on in both]
     return scores('pyligent_resnet50', '0.07895', '0.40581', '') + scores('pyligent_efficientnet_b4', '0.17564', '0.73422', blank)
 
 PUBLISHED += _pyligent()
 
-# %% ../nbs/33_published.ipynb #54ae4f20
+# %% ../nbs/33_published.ipynb #38afcd10
 def implied_share(
     accuracy:float, recall:float, precision:float, # Of one test
 )->float: # Of slices with a bleed
     "The balance of a test, from three figures of it"
     return (1 - accuracy)/(1 - recall + recall*(1 - precision)/precision)
 
-# %% ../nbs/33_published.ipynb #a5cb6b9b
+# %% ../nbs/33_published.ipynb #b9fa7896
 def _qiu():
     on = dict(on='20 % of about 87,000 slices of 2,500 patients, "about 15% hemorrhage labels"', share=.15)
     names = 'accuracy', 'recall', 'precision', 'auroc'
     def table(recipe, network, values, flaw):
         printed = f'{network} {" ".join(values)}'
         return [Published(recipe, name, float(value)/100, printed, 'table 1', flaw=flaw, **on) for name, value in zip(names, values)]
-    first = 'its recall is of the first epoch (figure 2), and its accuracy, recall and precision want 46 % with a bleed; the abstract swaps the recalls'
+    first = ('its recall is of the first epoch (figure 2); the abstract swaps the recalls; '
+             'its accuracy, recall and precision want 46 % with a bleed')
     def baseline(recipe, accuracy, recall, printed):
         return [Published(recipe, name, value, printed, '3.4', **on) for name, value in (('accuracy', accuracy), ('recall', recall))]
     return [*table('qiu_vgg19', 'VGG19', ('86.83', '73.32', '84.37', '95.23'), 'its accuracy, recall and precision want 33 % with a bleed'),
@@ -154,7 +168,7 @@ def _qiu():
 
 PUBLISHED += _qiu()
 
-# %% ../nbs/33_published.ipynb #24bfcdf1
+# %% ../nbs/33_published.ipynb #8228c79c
 def figures_of(
     recipe, # A `Recipe`, or a name
 )->list: # Of `Published`
@@ -164,7 +178,7 @@ def figures_of(
     ancestors = [name for name in named if f'{base}_'.startswith(f'{name}_')]
     return [f for f in PUBLISHED if f.recipe == max(ancestors, key=len, default='')]
 
-# %% ../nbs/33_published.ipynb #d065ae5c
+# %% ../nbs/33_published.ipynb #7eb985ac
 def balance_groups(
     labels:pd.DataFrame, # By image
     share:float=math.nan, # Of slices with a bleed; NaN leaves it as it is
@@ -177,7 +191,7 @@ def balance_groups(
     groups = [labels[label].to_numpy(bool) for label in TYPES] if even else [bleeds]
     return [(group, share/len(groups)) for group in groups] + ([(~bleeds, 1 - share)] if share < 1 else [])
 
-# %% ../nbs/33_published.ipynb #42770546
+# %% ../nbs/33_published.ipynb #25523f89
 BALANCED = 'accuracy', 'error_rate', 'recall', 'precision', 'auroc', 'mse', 'log_loss'
 
 def _group_mean(x, group, draws):
@@ -204,7 +218,7 @@ def _at_balance(metric, p, t, cut, groups, draws):
     of_slices = dict(accuracy=called == t, error_rate=called != t, mse=(p - t)**2, log_loss=-np.where(t, np.log(clipped), np.log1p(-clipped)))
     return _total(groups, of_slices[metric]*1., draws)
 
-# %% ../nbs/33_published.ipynb #16dd9fe1
+# %% ../nbs/33_published.ipynb #be088af0
 class _Measured(NamedTuple):
     "A figure before its interval"
     metric: str
@@ -249,7 +263,7 @@ def at_balance(
     "A figure of `any` on a test of another balance, with its 95 % interval by patient; no slice is thrown away"
     return _interval_of(_measure_any(predictions, labels, metric, share, even, n, seed, threshold), predictions, labels)
 
-# %% ../nbs/33_published.ipynb #66c43878
+# %% ../nbs/33_published.ipynb #8d34a8dc
 def _one_type(labels):
     "bool [n, 5]: slices of that type alone"
     t = labels[list(TYPES)].to_numpy(bool)
@@ -284,7 +298,7 @@ def types_confusion(
     counts = one.T @ np.eye(len(TYPES))[called]
     return each*_confusion(counts, TYPES).div(one.sum(0), axis=0)
 
-# %% ../nbs/33_published.ipynb #b2acb923
+# %% ../nbs/33_published.ipynb #ceb9f15f
 def plot_types_confusion(
     confusion:pd.DataFrame, # From `types_confusion`, or one of `CONFUSIONS`
     ax=None,
@@ -302,7 +316,7 @@ def plot_types_confusion(
     ax.set_title(f'top-1 accuracy {np.diag(shares).mean():.3f}', fontsize=10)
     return ax
 
-# %% ../nbs/33_published.ipynb #86bc8394
+# %% ../nbs/33_published.ipynb #8146c230
 def _by_seed(predictions): return predictions if isinstance(predictions, dict) else {0: predictions}
 
 def _own_test(recipe, predictions, labels, side='test'):
@@ -341,7 +355,8 @@ def by_types(
         published = [f.value for f in told if f.metric == metric]
         figure = Published(recipe.name, metric, math.nan, '', '', '', share=told[0].share if told else math.nan)
         about = dict(recipe=recipe.name, network=recipe.arch, min_types=recipe.min_types, metric=metric)
-        return about | _ours(figure, recipe, _by_seed(predictions), labels, n, seed).to_dict() | dict(published=published[0] if published else math.nan)
+        ours = _ours(figure, recipe, _by_seed(predictions), labels, n, seed).to_dict()
+        return about | ours | dict(published=published[0] if published else math.nan)
     return pd.DataFrame([one(*model) for model in models])
 
 def plot_by_types(
@@ -364,7 +379,7 @@ def plot_by_types(
     ax.spines[['top', 'right']].set_visible(False)
     return ax
 
-# %% ../nbs/33_published.ipynb #6ca82b03
+# %% ../nbs/33_published.ipynb #8f43ad94
 BY_EPOCH = 'train_accuracy', 'top1', 'recall', 'accuracy'
 
 def by_epoch(
@@ -404,7 +419,7 @@ def _at_an_epoch(recipe, metric):
     "Figures of an epoch, and of the best network on valid, which is the last one"
     return [f for f in figures_of(recipe) if f.metric == metric and (f.epoch or f.side == 'valid' and metric == 'top1')]
 
-# %% ../nbs/33_published.ipynb #ab6f760e
+# %% ../nbs/33_published.ipynb #e39e423e
 def _entropy(share): return -(share*np.log(share) + (1 - share)*np.log1p(-share))
 
 def chance(
@@ -421,12 +436,15 @@ def chance(
     if figure.metric == 'log_loss': return float(_entropy(share))
     return known.get(figure.metric, math.nan)
 
-# %% ../nbs/33_published.ipynb #8ea1d4d7
-LEARNED = dict(petkov='1,440 slices of each type and of none', khandelwal='80 % of 194,082 slices, for types of those with a bleed', dibernardo='26,547 slices',
-               pyligent="the challenge's training set", qiu='80 % of about 87,000 slices')
-SPLIT = dict(petkov='its test was split by slice, ours by patient', khandelwal='its test was split by slice, ours by patient', dibernardo='how it was split is not told, ours by patient',
-             pyligent="its test is the challenge's own, in part of patients of the training set; ours are other patients", qiu='its split is told by image, not by patient; ours is by patient')
-_told_changes = dict(pretrained='ImageNet weights', sizes='px', epochs='epochs', frozen_epochs='frozen epochs', batch_sizes='a batch', precision='precision')
+# %% ../nbs/33_published.ipynb #5dd6562a
+LEARNED = dict(petkov='1,440 slices of each type and of none', khandelwal='80 % of 194,082 slices, for types of those with a bleed',
+               dibernardo='26,547 slices', pyligent="the challenge's training set", qiu='80 % of about 87,000 slices')
+_by_slice = 'its test was split by slice, ours by patient'
+SPLIT = dict(petkov=_by_slice, khandelwal=_by_slice, dibernardo='how it was split is not told, ours by patient',
+             pyligent="its test is the challenge's own, in part of patients of the training set; ours are other patients",
+             qiu='its split is told by image, not by patient; ours is by patient')
+_told_changes = dict(pretrained='ImageNet weights', sizes='px', epochs='epochs', frozen_epochs='frozen epochs',
+                     batch_sizes='slices a batch', precision='precision')
 
 def _text(value):
     if isinstance(value, tuple): return ' then '.join(map(str, value))
@@ -457,7 +475,8 @@ def _of_training(figure, epochs, seeds):
     rows = epochs[(epochs['metric'] == figure.metric) & epochs['seed'].isin(list(seeds))]
     if rows.empty: return dict(estimate=np.nan, low=np.nan, high=np.nan, note='not in its history')
     at = rows.groupby('seed')['epoch'].transform('min' if figure.epoch == 'first' else 'max')
-    return dict(estimate=rows.loc[rows['epoch'] == at, 'value'].mean(), low=np.nan, high=np.nan, note=f'{figure.epoch} epoch, of training slices: no interval')
+    estimate = rows.loc[rows['epoch'] == at, 'value'].mean()
+    return dict(estimate=estimate, low=np.nan, high=np.nan, note=f'{figure.epoch} epoch, of training slices: no interval')
 
 def _own_figure(figure, recipe, by_seed, labels, epochs, n, seed):
     "(estimate, low, high, note; the best constant answer)"
