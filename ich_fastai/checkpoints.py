@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['History', 'StepLosses', 'plot_history', 'LiveFigure', 'cut_logs', 'depends_on', 'changed', 'fingerprint', 'same_data',
-           'SameData', 'read_checkpoint', 'Kept', 'judged', 'Checkpoint']
+           'SameData', 'read_checkpoint', 'Kept', 'judged', 'TrainingAccuracy', 'Checkpoint']
 
 # %% ../nbs/22c_checkpoints.ipynb #b8d523f5
 import csv, hashlib, random, zipfile
@@ -36,9 +36,12 @@ def _append(path, rows):
     if not rows: return
     path.parent.mkdir(parents=True, exist_ok=True)
     with disk_errors(path), open(path, 'a', newline='') as f:
-        out = csv.DictWriter(f, rows[0])
+        out = csv.DictWriter(f, _columns(path) or [*rows[0]], extrasaction='ignore')  # A file of an earlier version keeps its columns
         if f.tell() == 0: out.writeheader()
         out.writerows(rows)
+
+def _columns(path):
+    with open(path, newline='') as f: return next(csv.reader(f), None)
 
 class History(Callback):
     "A line of history.csv an epoch"
@@ -49,6 +52,7 @@ class History(Callback):
     def after_train(self): self.train_seconds = perf_counter() - self.start
     def after_epoch(self):
         figures = dict(zip(self.recorder.metric_names[1:-1], self.learn.final_record))
+        if hasattr(self.learn, 'training_accuracy'): figures['train_accuracy'] = self.training_accuracy.share()
         _append(self.file, [dict(stage=self.stage.number, size=self.stage.size, epoch=self.epoch, **figures, images=self.images,
                                  train_seconds=self.train_seconds, seconds=perf_counter() - self.start)])
 
@@ -232,6 +236,25 @@ def judged(learn):
     average = getattr(learn, 'average_weights', None)
     return average.in_place() if average else nullcontext()
 
+class TrainingAccuracy(Kept):
+    "Share of right calls while an epoch trains, augmented and with dropout, as Keras tells it; of classes that exclude each other, of right slices"
+    order = 57  # After History
+    def before_fit(self): self.right, self.n = 0, 0
+    def after_epoch(self): self.before_fit()
+    def after_loss(self):
+        if not self.training: return
+        right = self._right(self.pred.detach().as_subclass(torch.Tensor), self.y.as_subclass(torch.Tensor).bool())
+        self.right, self.n = self.right + right.sum(), self.n + right.numel()  # A GPU is asked once an epoch
+
+    def _right(self, pred, true):
+        loss = self.learn.loss_func
+        called = loss.decodes(loss.activation(pred))
+        return (called & true).any(-1) if loss.softmax and true.shape[-1] > 1 else called == true
+
+    def share(self): return float(self.right)/max(self.n, 1)
+    def state(self): return dict(right=int(self.right), n=self.n)
+    def restore(self, state, folder): self.right, self.n = state['right'], state['n']
+
 # %% ../nbs/22c_checkpoints.ipynb #b423dff6
 class Checkpoint(Callback):
     "Keep what an interrupted training needs, after each epoch and every few minutes; go on from it"
@@ -257,7 +280,8 @@ class Checkpoint(Callback):
         smooth = self.recorder.smooth_loss
         smooth.count, smooth.val = self.state['smooth'][0], torch.tensor(self.state['smooth'][1])
         if self.state['scaler']: self.learn.scaler.load_state_dict(self.state['scaler'])
-        for cb in self._kept(): cb.restore(self.state['kept'][cb.name], self.folder)
+        for cb in self._kept():
+            if cb.name in self.state['kept']: cb.restore(self.state['kept'][cb.name], self.folder)  # Else of an earlier version
 
     def _kept(self): return [cb for cb in self.learn.cbs if isinstance(cb, Kept)]
 

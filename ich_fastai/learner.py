@@ -34,7 +34,7 @@ from ._threads import own_cores
 from .core import LABELS, on_screen, pick, progress, stage_bar, show_progress
 from .recipes import Recipe, changed_recipe, get_recipe
 from .loss import LabelLoss, labels_called, probabilities
-from .metrics import accuracy_multi, auroc, recall, weighted_log_loss
+from .metrics import accuracy_multi, auroc, recall, top1, weighted_log_loss
 from .data import HeadLoaders, SliceLoader, make_dls
 from .models import create_model, full_precision, parameter_groups, precision_on
 
@@ -54,6 +54,7 @@ def learner_metrics(
     "Figures for the recipe's own task"
     shown = dict(accuracy=partial(accuracy_multi, threshold=recipe.threshold), auroc=_mean_auroc)
     if recipe.task == 'binary': shown['recall'] = lambda p, t: recall(p, t, recipe.threshold)[0]
+    if recipe.softmax and len(recipe.labels) > 1: shown['top1'] = top1
     if recipe.labels == LABELS: shown.update(log_loss=weighted_log_loss, auroc_any=_any_of(auroc, LABELS))
     def of_logits(metric): return lambda logits, truth: metric(probabilities(torch.from_numpy(logits), recipe).numpy(), truth)
     return L(AccumMetric(of_logits(f), to_np=True, flatten=False, name=name) for name, f in shown.items())

@@ -28,7 +28,7 @@ from .recipes import Recipe, Stage, get_recipe, stages
 from .data import HeadLoaders, as_data, make_dls
 from .models import load_weights
 from .learner import find_lr, make_learner, memory_errors, predict, training_bar
-from .checkpoints import Checkpoint, History, Kept, LiveFigure, SameData, StepLosses, cut_logs, fingerprint, judged, read_checkpoint, same_data
+from .checkpoints import Checkpoint, History, Kept, LiveFigure, SameData, StepLosses, TrainingAccuracy, cut_logs, fingerprint, judged, read_checkpoint, same_data
 
 # %% ../nbs/23_train.ipynb #166d1f34
 _all_ = ['make_learner', 'predict', 'find_lr', 'read_checkpoint']
@@ -253,7 +253,7 @@ def _free_cores(learn, state, called):
 
 def _journal(folder, stage):
     live = [LiveFigure(folder)] if show_progress() and IN_NOTEBOOK else []
-    return [History(folder/'history.csv', stage), StepLosses(folder/'losses.csv', stage), *live]
+    return [History(folder/'history.csv', stage), StepLosses(folder/'losses.csv', stage), TrainingAccuracy(), *live]
 
 def _last_good(kept):
     try: at = read_checkpoint(kept)  # Which looks whether the weights are as they were written
