@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['RANKS', 'TOLD', 'CALLED', 'COLUMNS', 'Judged', 'seeds_text', 'judge_metric', 'judge_metrics', 'judge_calibration',
-           'judge_rows', 'of_kind', 'slices_text', 'judge_own', 'judge_recipe']
+           'judge_rows', 'of_kind', 'slices_text', 'judge_own', 'judge_recipe', 'judge_decisions']
 
-# %% ../nbs/32_judge.ipynb #ec38e82e
+# %% ../nbs/32_judge.ipynb #e02abaaa
 from typing import NamedTuple
 
 import numpy as np
@@ -18,9 +18,10 @@ from .recipes import Recipe
 from .labels import subset
 from .study import StudyRule, by_study
 from .operating import calibrated, calibration_error, calibration_line, operating_points
+from .decisions import chosen_thresholds, decision_table
 from .intervals import judged_values, of_split, patients_behind, resampled, with_any
 
-# %% ../nbs/32_judge.ipynb #85a09383
+# %% ../nbs/32_judge.ipynb #3be5fad5
 class Judged(NamedTuple):
     "The rows of some figures, and what the mean of the seeds is on each resample"
     rows:pd.DataFrame   # label, metric, seeds, estimate, low, high, spread, note
@@ -51,7 +52,7 @@ def judge_metric(
         rows.append(_named(of_mean.assign(spread=spread), metric=name, seeds=seeds_text(models)))
     return Judged(pd.concat(rows, ignore_index=True), mean)
 
-# %% ../nbs/32_judge.ipynb #ff7a6ad5
+# %% ../nbs/32_judge.ipynb #1aefb6dc
 RANKS = dict(auroc='auroc', average_precision='average_precision') # Name in the frame to the metric
 TOLD = dict(log_loss='log_loss', brier='mse')
 CALLED = dict(sensitivity='recall', specificity='specificity', ppv='precision')
@@ -89,7 +90,7 @@ def judge_rows(
     parts = [judge_metrics(models, labels, RANKS | TOLD, n, seed), judge_metrics(models, labels, CALLED, n, seed, cuts), judge_calibration(models, labels)]
     return pd.concat(parts, ignore_index=True)
 
-# %% ../nbs/32_judge.ipynb #6c8f96a8
+# %% ../nbs/32_judge.ipynb #02bfa599
 def of_kind(
     recipe:Recipe,
     predictions:pd.DataFrame, labels:pd.DataFrame, # Of one side of the split, from `of_split`
@@ -137,8 +138,8 @@ def _level(test, valid, n):
     then = pd.concat([judge_metrics(bent, test.labels, TOLD, n), judge_calibration(bent, test.labels)])
     return pd.concat([trained.assign(version='as trained'), then.assign(version='recalibrated')])
 
-# %% ../nbs/32_judge.ipynb #dfeaf1a8
-COLUMNS = ['data', 'version', 'label', 'metric', 'seeds', 'estimate', 'low', 'high', 'spread', 'note', 'patients', 'draws']
+# %% ../nbs/32_judge.ipynb #b2977aee
+COLUMNS = ['data', 'group', 'point', 'version', 'label', 'metric', 'seeds', 'estimate', 'low', 'high', 'spread', 'note', 'patients', 'draws']
 _own = dict(auroc='auroc', recall='recall', precision='precision', mse='mse')
 _of_calls = dict(accuracy='accuracy', error_rate='error_rate', recall='recall', precision='precision')
 
@@ -163,9 +164,9 @@ def judge_own(
     "How a recipe does its own task"
     kinds = {'own slices': False, 'own kept slices': True}
     rows = pd.concat([_own_task(recipe, models, labels, n, kept).assign(data=data) for data, kept in kinds.items()], ignore_index=True)
-    return rows.assign(version='as trained', patients=np.nan, draws=None).reindex(columns=COLUMNS)
+    return rows.assign(group='', point='', version='as trained', patients=np.nan, draws=None).reindex(columns=COLUMNS)
 
-# %% ../nbs/32_judge.ipynb #a7dd9789
+# %% ../nbs/32_judge.ipynb #85c8239a
 def _ranked(side, n):
     "The AUROC of `any`, with its resamples in the row of the recipe"
     rows, values = judge_metric(side.models, side.labels[['any']], 'auroc', n)
@@ -196,5 +197,21 @@ def judge_recipe(
         parts[data] = _on_test(_side(models, labels, 'test', kept), valid, recipe, n, calls=True)
         parts[f'valid {data}'] = _on_valid(_side(models, labels, 'valid', kept), n)
     rows = pd.concat([part.assign(data=data) for data, part in parts.items()] + [judge_own(recipe, models, labels, n)], ignore_index=True).reindex(columns=COLUMNS)
-    rows = rows.fillna(dict(version='as trained')).drop_duplicates(COLUMNS[:5], keep='last')
+    rows = rows.fillna(dict(version='as trained', group='', point='')).drop_duplicates(COLUMNS[:7], keep='last')
     return rows[rows['estimate'].notna() | (rows['note'] == 'not defined here')].reset_index(drop=True)
+
+# %% ../nbs/32_judge.ipynb #fc8f167a
+def _decided(test, valid, data, n):
+    "The rows of each model of one side"
+    for seed, p in test.models.items():
+        cuts = chosen_thresholds(valid.models[seed], valid.labels)
+        yield decision_table(p, test.labels, cuts, n=n, data=data).assign(seeds=str(seed))
+
+def judge_decisions(
+    models:dict, labels:pd.DataFrame, rules:dict=None, n:int=1000, # As for `judge_recipe`
+)->pd.DataFrame: # Rows with a `point`, of single seeds
+    "What thresholds for a stated sensitivity or specificity, chosen on valid, are worth on test: slices with enough brain, and studies"
+    rules = rules or dict.fromkeys(models, StudyRule())
+    sides = {'kept slices': [_side(models, labels, split, kept=True) for split in ('test', 'valid')], 'studies': [_studies(models, labels, split, rules) for split in ('test', 'valid')]}
+    rows = pd.concat([frame for data, (test, valid) in sides.items() for frame in _decided(test, valid, data, n)], ignore_index=True)
+    return rows[rows['estimate'].notna()].reindex(columns=COLUMNS).reset_index(drop=True)

@@ -20,7 +20,7 @@ from fastcore.script import CliError
 
 from . import metrics
 from .core import TYPES, pick
-from .evaluate import FEWEST, _interval, _note, intervals, of_split, patient_weights, resampled
+from .intervals import FEWEST, _interval, _note, intervals, of_split, patient_weights, resampled
 from .labels import subset
 from .metrics import Draws
 from .recipes import Recipe, get_recipe, recipes
