@@ -30,6 +30,7 @@ from .train import *
 from .baselines import *
 from .distributed import *
 from .sequence import *
+from .shift import *
 from .bundle import *
 from .run import *
 from .evaluate import *
