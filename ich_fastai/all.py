@@ -31,6 +31,7 @@ from .train import *
 from .baselines import *
 from .distributed import *
 from .sequence import *
+from .shift import *
 from .bundle import *
 from .run import *
 from .crossval import *

@@ -30,6 +30,7 @@ from .operating import point_of, table_of_plain
 from .models import create_model, load_weights, save_weights
 from .learner import HeadLearner
 from .sequence import StudyNet
+from .shift import ARRAYS, Reference, load_reference, reference, save_reference
 
 # %% ../nbs/26_bundle.ipynb #09fec9f6
 @dataclass
@@ -41,6 +42,7 @@ class Bundle:
     size: int           # Pixels
     extra: dict         # What the training was: data, versions
     parts: tuple = ()   # The bundles of the recipe's parts
+    reference: Reference = None  # What scans can be told by from those of the training; None in earlier bundles, and where there are only parts
 
     @property
     def labels(self)->tuple: return self.recipe.labels
@@ -65,12 +67,15 @@ def save_bundle(
     size:int, # Pixels that it was last trained at
     extra:dict=None, # Plain values: a summary of the training data, say
     parts=(), # The bundles' folders of the recipe's parts, which are copied in
+    kept:Reference=None, # From `reference`
 ):
     "Write a bundle, in the place of an earlier one where there is one"
     check_bundle_place(path)
     about = dict(format=1, labels=recipe.labels, size=size, bins=[float(b) for b in bins], recipe=asdict(recipe), versions=versions(), **(extra or {}))
+    if kept: about['shift'] = kept.facts
     with write_folder(path) as new:
         if model is not None: save_weights(model, new/'model.safetensors')
+        if kept: save_reference(kept, new)
         for i, part in enumerate(parts): shutil.copytree(part, new/'parts'/str(i))
         (new/'model.json').write_text(json.dumps(about, indent=1))
 
@@ -83,7 +88,7 @@ def check_bundle_place(
     others = {p.name for p in path.iterdir()} - _own_files if path.is_dir() else set()
     if others: raise CliError(f'{path} holds {printable(min(others), 60)}, which is no part of a bundle: name a new folder')
 
-_own_files = {'model.json', 'model.safetensors', 'parts'}
+_own_files = {'model.json', 'model.safetensors', ARRAYS, 'parts'}
 
 def load_bundle(
     path, # A folder that `save_bundle` wrote
@@ -96,7 +101,8 @@ def load_bundle(
     try: recipe, bins, size = Recipe(**about.pop('recipe')), np.array(about.pop('bins')), about.pop('size')
     except (KeyError, TypeError) as e: raise CliError(f'{path}/model.json is not one of ours ({e}): train the model again') from e
     parts = tuple(load_bundle(path/'parts'/str(i)) for i in range(len(recipe.parts)))
-    return Bundle(_model(path, recipe, about), recipe, bins, size, about, parts)
+    kept = load_reference(about.pop('shift', None), path)
+    return Bundle(_model(path, recipe, about), recipe, bins, size, about, parts, kept)
 
 def _model(path, recipe, about):
     if recipe.kind in ('two_step', 'ensemble'): return None
@@ -131,4 +137,5 @@ def _save_learner(self:HeadLearner,
     if not _is_of_logits(self.loss_func, dls.recipe):
         raise CliError(f"a bundle's probabilities are {'a softmax' if dls.recipe.softmax else 'a sigmoid'} of the outputs, which {_name(self.loss_func)} does not train: save the weights with `learn.save`")
     about = dict(training=dict(n_train=len(dls.train_ds), by_hand=True), store_size=source_size(dls.data.store.sizes, dls.size), **learned_in(dls.data))
-    save_bundle(path, model, dls.recipe, dls.bins, dls.size, about)
+    kept = reference(Bundle(model, dls.recipe, dls.bins, dls.size, about), dls.data)
+    save_bundle(path, model, dls.recipe, dls.bins, dls.size, about, kept=kept)

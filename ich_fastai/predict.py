@@ -25,6 +25,7 @@ from .data import MemoryStore, make_loader
 from .models import full_precision
 from .train import predict
 from .sequence import SLICES_A_FILE, Features, series_loader, series_of
+from .shift import shift, shift_findings, shift_verdict
 from .bundle import Bundle, load_bundle
 from .run import COMBINERS
 
@@ -97,7 +98,7 @@ def predict_study(
     bs:int=36, # Slices at a time
     series=(), # SeriesInstanceUIDs to use in their studies, as `ich-metadata --series`: name those that the model learned from
     n_workers:int=2, # Processes that read, for more than 200 files; 0 works in this one
-)->tuple: # (slices by image, studies by StudyInstanceUID), each with the six probabilities; NaN for labels that the model does not predict, and slices that are not in use
+)->tuple: # (slices by image, studies by StudyInstanceUID), each with the six probabilities; NaN for labels that the model does not predict, and slices that are not in use; of studies also how far they are from those of the training, as `shift` has it, in words in `attrs['shift']`
     "What a model predicts for each slice, and for each study by the bundle's rule, from slices in use with enough brain; NaN where there is none"
     if not isinstance(bundle, Bundle): bundle = load_bundle(bundle)
     src = src if isinstance(src, (str, Path)) else list(src)
@@ -111,6 +112,18 @@ def predict_study(
     slices = metadata[['StudyInstanceUID', 'PatientID', 'use', 'not_used']].assign(kept=metadata['use'] & enough)
     slices = slices.join(bundle_probabilities(bundle, store, bs) if len(unused) < len(metadata) else pd.DataFrame(np.nan, [], list(LABELS)))
     by = slices.groupby('StudyInstanceUID', sort=False)
-    return slices, study_probabilities(slices, bundle.rule).reindex(by.size().index).assign(slices=by.size(), in_use=by['use'].sum())
+    studies = study_probabilities(slices, bundle.rule).reindex(by.size().index).assign(slices=by.size(), in_use=by['use'].sum())
+    return slices, _with_shift(studies, bundle, store, bs)
+
+_of_shift = ['header_new', 'hu_percentile', 'embedding_percentile', 'far']
+
+def _with_shift(studies, bundle, store, bs):
+    "How far the studies are from those of the training, with a warning where they are others"
+    frame = shift(bundle, store, store.index, bs)
+    found = shift_findings(frame)
+    if shift_verdict(frame)['warns'].any(): log.warning('%s', ' '.join(found))
+    studies = studies.join(frame[_of_shift])
+    studies.attrs['shift'] = found
+    return studies
 
 def _counts(texts): return ', '.join(f'{n} x {text}' for text, n in texts.value_counts().items())

@@ -34,7 +34,8 @@ from .train import train_stages
 from .baselines import BASELINES, header_numbers
 from .sequence import StudyNet, cnn_features, series_dls, series_loader, series_of, with_headers
 from .distributed import first_of_all, gather, join_processes, share, shared
-from .bundle import learned_in, load_bundle, save_bundle
+from .shift import reference
+from .bundle import Bundle, learned_in, load_bundle, save_bundle
 
 # %% ../nbs/27_run.ipynb #97741360
 OURS = ('lr_find.csv', 'history.csv', 'losses.csv', 'result.json', 'checkpoints', 'bundle', 'features', 'tensorboard')
@@ -221,7 +222,8 @@ def _run_cnn(data, recipe, seed, minutes, track):
         folder, learned, predictions = data.run.model(recipe.name, seed), _training_facts(data, recipe, seed), data.predictions(recipe, probabilities)
         answers = _answers(data, recipe, predictions)
         about = dict(training=learned, store_size=source_size(store.sizes, max(recipe.sizes)), **answers)
-        save_bundle(folder/'bundle', learn.model, recipe, bins, size, about)
+        kept = reference(Bundle(get_model(learn.model), recipe, bins, size, about), data, seed)
+        save_bundle(folder/'bundle', learn.model, recipe, bins, size, about, kept=kept)
         facts.update(_network_facts(recipe, learn, folder, recipe.pretrained), **learned, **answers)
         return _write_result(data, recipe, seed, facts, predictions)
     return first_of_all(write)
