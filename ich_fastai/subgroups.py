@@ -7,7 +7,7 @@ __all__ = ['AGES', 'THICKNESSES', 'VOLUMES', 'AREAS', 'MASK_COLUMNS', 'SIZES', '
            'volume_ranges', 'study_groups', 'open_mask', 'keep_masks', 'kept_masks', 'bleed_sizes', 'judge_groups',
            'judge_sizes', 'plot_groups']
 
-# %% ../nbs/31b_subgroups.ipynb #50371a8b
+# %% ../nbs/31b_subgroups.ipynb #4a99ef55
 import os, re
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from .series import _plain_head, in_use, series_facts
 from .explore import PLAIN, _column, _header_name, _numbers
 from .evaluate import intervals
 
-# %% ../nbs/31b_subgroups.ipynb #135149f2
+# %% ../nbs/31b_subgroups.ipynb #b9801414
 def named_ranges(
     values:pd.Series, # Numbers, NaN where not known
     edges, # Where the next range begins, ascending
@@ -34,7 +34,7 @@ def named_ranges(
     at = np.searchsorted(edges, values.to_numpy(np.float64), 'right')
     return pd.Series(names[np.where(values.isna(), len(names) - 1, at)], values.index)
 
-# %% ../nbs/31b_subgroups.ipynb #18835e21
+# %% ../nbs/31b_subgroups.ipynb #564c730a
 def _gaps(z):
     "What each of a series' slices stands for, from their positions in mm"
     return np.abs(np.gradient(z.to_numpy())) if len(z) > 1 else np.full(len(z), np.nan)
@@ -54,7 +54,7 @@ def slice_steps(
     steps = metadata['z'].groupby(_series(metadata)).transform(_gaps).astype(np.float64)
     return steps.where(_in_mm(metadata) & (steps > 0)).fillna(_numbers(metadata, 'SliceThickness'))
 
-# %% ../nbs/31b_subgroups.ipynb #5be64096
+# %% ../nbs/31b_subgroups.ipynb #12c6d4c9
 _years = dict(D=1/365.25, W=7/365.25, M=1/12, Y=1)
 
 def _age(text):
@@ -70,14 +70,20 @@ def _thirds(metadata):
     third = (height.rank(method='min') - 1)*3//size
     return third.map(dict(enumerate(('lower third', 'middle third', 'upper third')))).where(size >= 3, 'unknown')
 
-def _contrast(metadata):
-    texts = pd.DataFrame({key: _column(metadata, key) for key in ('ContrastBolusAgent', 'SeriesDescription')}).astype(object)
-    given = series_facts(texts)['contrast']
-    plain = texts['SeriesDescription'].map(lambda text: isinstance(text, str) and bool(_plain_head(text)))
-    told = texts['ContrastBolusAgent'].notna() | plain
-    return pd.Series(np.select([given, told], ['with contrast', 'without contrast'], 'unknown'), metadata.index)
+def _once_each(rows, name):
+    "What a function gives for the rows of a frame, called with those that differ"
+    kinds = rows.drop_duplicates()
+    return pd.Series(np.asarray(name(kinds), object)[rows.groupby(list(rows), dropna=False, sort=False).ngroup()], rows.index)
 
-# %% ../nbs/31b_subgroups.ipynb #8005c6ef
+def _contrast_of(texts):
+    given, plain = series_facts(texts)['contrast'], texts['SeriesDescription'].map(_plain_head).notna()
+    return np.select([given, plain | (texts['ContrastBolusAgent'] != '')], ['with contrast', 'without contrast'], 'unknown')
+
+def _contrast(metadata):
+    texts = {key: _column(metadata, key).fillna('').astype(str) for key in ('ContrastBolusAgent', 'SeriesDescription')}
+    return _once_each(pd.DataFrame(texts), _contrast_of)
+
+# %% ../nbs/31b_subgroups.ipynb #f2fd6687
 AGES = 18, 40, 65     # Years
 THICKNESSES = 2, 4    # mm: thin, 2.5 to 3, and the 5 mm that most heads are read at
 VOLUMES = 1, 5, 25    # ml of blood in a study; of RSNA's studies about a tenth lie below the first
@@ -91,8 +97,8 @@ def _thickness(metadata):
 
 def _header_groups(metadata):
     keys = {key: _numbers(metadata, key) for key in ('BitsStored', 'PixelRepresentation', 'RescaleIntercept')}
-    rows = pd.DataFrame(keys).assign(repair=_column(metadata, 'hu_repair'))
-    return pd.Series([_header_name(*row) for row in rows.itertuples(index=False)], metadata.index)
+    rows = pd.DataFrame(keys).assign(repair=_column(metadata, 'hu_repair').fillna(''))
+    return _once_each(rows, lambda kinds: [_header_name(*kind) for kind in kinds.itertuples(index=False)])
 
 def slice_groups(
     metadata:pd.DataFrame, # By image
@@ -114,7 +120,7 @@ def volume_ranges(
     "How much blood there is, as text"
     return named_ranges(ml, VOLUMES, 'ml').where(ml != 0, 'no bleed')
 
-# %% ../nbs/31b_subgroups.ipynb #471ba606
+# %% ../nbs/31b_subgroups.ipynb #db15fc8c
 def study_groups(
     groups:pd.DataFrame, # By image, from `slice_groups`
     studies:pd.Series, # StudyInstanceUID by image
@@ -123,7 +129,7 @@ def study_groups(
     by = groups.drop(columns='position', errors='ignore').groupby(studies.loc[groups.index])
     return by.first().where(by.nunique() == 1, 'several')
 
-# %% ../nbs/31b_subgroups.ipynb #3fe56590
+# %% ../nbs/31b_subgroups.ipynb #7fdd806c
 MASK_COLUMNS = (*LABELS, 'mask', 'row')  # Areas in mm²; path of the file; row in an npz, -1 of an image
 
 def open_mask(
@@ -157,7 +163,7 @@ def _image_row(path, image, labels):
     by_type = dict.fromkeys(TYPES, 0.) | dict.fromkeys(types, float(area) if len(types) == 1 else np.nan)
     return pd.DataFrame([by_type | dict(any=float(area), mask=str(path), row=-1, shape=mask.shape)], pd.Index([image], name='image'))
 
-# %% ../nbs/31b_subgroups.ipynb #f0424fea
+# %% ../nbs/31b_subgroups.ipynb #80474276
 def _mask_rows(source, labels):
     "Rows of all masks below a folder"
     paths = sorted(Path(source).rglob('*'))
@@ -209,7 +215,7 @@ def kept_masks(
     if not run.has('masks'): raise CliError(f'no masks in {run.path}: keep those of a folder with `keep_masks(run, folder)`')
     return pd.read_parquet(run.file('masks'))
 
-# %% ../nbs/31b_subgroups.ipynb #a8429333
+# %% ../nbs/31b_subgroups.ipynb #da81a3d7
 def bleed_sizes(
     run, # A run folder with masks, from `keep_masks`
     thickness:float=None, # mm that a slice stands for, where neither positions nor headers say it
@@ -223,7 +229,7 @@ def bleed_sizes(
     ml = ml.where(areas != 0, 0.)  # No blood, however thick the slice
     return areas, ml.groupby(study).sum().mask(ml.isna().groupby(study).any())
 
-# %% ../nbs/31b_subgroups.ipynb #9276d59a
+# %% ../nbs/31b_subgroups.ipynb #cf46ac44
 _at_thresholds = dict(sensitivity='recall', specificity='specificity')
 _judgement = ['data', 'group', 'version', 'label', 'metric', 'estimate', 'low', 'high', 'note']
 
@@ -267,7 +273,7 @@ def judge_groups(
             parts.append(judged.assign(group=f'{column}: {value}'))
     return pd.concat(parts).assign(data=data, version='as trained')[_judgement].reset_index(drop=True)
 
-# %% ../nbs/31b_subgroups.ipynb #7dc2a710
+# %% ../nbs/31b_subgroups.ipynb #62c1993a
 SIZES = dict(area=(AREAS, 'mm²', 'kept slices'), volume=(VOLUMES, 'ml', 'studies'))  # Where ranges begin, unit, what the rows are
 
 def judge_sizes(
@@ -290,7 +296,7 @@ def judge_sizes(
             parts.append(pd.concat([_counts(*of_range), found]).assign(group=f'{of}: {value}'))
     return pd.concat(parts).assign(data=data, version='as trained')[_judgement].reset_index(drop=True)
 
-# %% ../nbs/31b_subgroups.ipynb #1ef3a986
+# %% ../nbs/31b_subgroups.ipynb #d7a8c6dd
 def _plotted(judged, metric, label):
     "Rows to be drawn, with how many patients stand behind each"
     chosen = judged[(judged['metric'] == metric) & (judged['label'] == label)].set_index('group')
