@@ -757,6 +757,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'ich_fastai.localization.heat_box': ('localization.html#heat_box', 'ich_fastai/localization.py'),
                                          'ich_fastai.localization.heatmaps': ('localization.html#heatmaps', 'ich_fastai/localization.py'),
                                          'ich_fastai.localization.hot': ('localization.html#hot', 'ich_fastai/localization.py'),
+                                         'ich_fastai.localization.hottest': ('localization.html#hottest', 'ich_fastai/localization.py'),
                                          'ich_fastai.localization.judge_heatmaps': ( 'localization.html#judge_heatmaps',
                                                                                      'ich_fastai/localization.py'),
                                          'ich_fastai.localization.lesions_of': ( 'localization.html#lesions_of',
