@@ -22,7 +22,7 @@ from .data import make_loader, open_pictures
 from .metrics import Draws
 from .models import full_precision
 from .bundle import Bundle, load_bundle
-from .evaluate import FEWEST, difference_interval, patient_weights
+from .intervals import FEWEST, difference_interval, patient_weights
 from .subgroups import _open_truth, kept_masks, open_mask
 
 # %% ../nbs/31c_localization.ipynb #434db932

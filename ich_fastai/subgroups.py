@@ -20,7 +20,7 @@ from fastcore.script import CliError
 from .core import LABELS, TYPES, Run, pick, without_suffix
 from .series import _plain_head, in_use, series_facts
 from .explore import PLAIN, _column, _header_name, _numbers
-from .evaluate import intervals
+from .intervals import intervals
 
 # %% ../nbs/31b_subgroups.ipynb #b9801414
 def named_ranges(
