@@ -37,8 +37,12 @@ from .run import *
 from .crossval import *
 from .intervals import *
 from .figures import *
+from .subgroups import *
+from .localization import *
+from .decisions import *
 from .judge import *
 from .board import *
+from .published import *
 from .failures import *
 from .compare import *
 from .report import *

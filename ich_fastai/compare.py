@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['prevalence', 'read_board', 'read_judged', 'model_result', 'check_seeds', 'compare']
 
-# %% ../nbs/35_compare.ipynb #16ec23f5
+# %% ../nbs/35_compare.ipynb #29c54027
 import hashlib, json
 from functools import partial
 
@@ -17,10 +17,12 @@ from .core import LABELS, Run, check_options, first_process, log, only_one, prin
 from .recipes import Recipe, finder, get_recipe, read_recipe
 from .labels import check_patients, subset
 from .study import StudyRule
-from .judge import judge_own, judge_recipe, seeds_text, slices_text
+from .intervals import with_any
+from .subgroups import judge_subgroups
+from .judge import judge_decisions, judge_own, judge_recipe, seeds_text, slices_text
 from .board import leaderboard, sort_board
 
-# %% ../nbs/35_compare.ipynb #4654cd28
+# %% ../nbs/35_compare.ipynb #b3858d22
 def prevalence(
     recipe:Recipe, # Whose labels and training slices
     predictions:pd.DataFrame, # Whose rows
@@ -31,7 +33,7 @@ def prevalence(
     share = train.loc[subset(train, recipe.slices, recipe.min_types)].mean()
     return predictions.assign(**{l: share[l] if l in recipe.labels else np.nan for l in LABELS})
 
-# %% ../nbs/35_compare.ipynb #d35368fb
+# %% ../nbs/35_compare.ipynb #c58896b1
 _texts = dict.fromkeys(('error', 'note', 'slices', 'test_slices', 'seeds', 'study_rule'), '')
 
 def read_board(
@@ -60,25 +62,32 @@ def model_result(
     path = run.model(recipe, seed)/'result.json'
     return json.loads(path.read_text()) if path.exists() else {}
 
-_way = 'judged in one frame; seeds'  # How figures are made; those of another way are judged anew
+_way = 'judged in one frame; seeds, points, groups'  # How figures are made; those of another way are judged anew
 
 def _made_of(run, n, name='', seeds=()):
     "A mark of all that the figures of a recipe were made of"
     models = [run.model(name, seed) for seed in seeds]
-    files = [*(model/'predictions.parquet' for model in models), *(run.file(frame) for frame in ('labels', 'split', 'index'))]
+    files = [*(model/'predictions.parquet' for model in models), *(run.file(frame) for frame in ('labels', 'split', 'index', 'metadata', 'masks'))]
     rules = [model_result(run, name, seed).get('study_rule') for seed in seeds]
     parts = [hashlib.blake2b(f.read_bytes()).digest() if f.exists() else b'' for f in files]
     return hashlib.blake2b(b''.join(parts) + repr((rules, n, _way)).encode(), digest_size=8).hexdigest()
 
-# %% ../nbs/35_compare.ipynb #d618e486
+# %% ../nbs/35_compare.ipynb #8575a403
 def _task(recipe): return f'{recipe.task} on {slices_text(recipe)} slices'
 
 def _judge(run, recipe, models, labels, n):
     "The figures of a recipe and those of its reference"
     seeds = list(models)
     rules = {seed: StudyRule(**model_result(run, recipe.name, seed).get('study_rule', {})) for seed in seeds}
-    own = judge_recipe(recipe, models, labels, rules, n).assign(recipe=recipe.name, task=_task(recipe), made_of=_made_of(run, n, recipe.name, seeds))
+    parts = [judge_recipe(recipe, models, labels, rules, n), judge_decisions(models, labels, rules, n), _groups(run, models, rules, n)]
+    own = pd.concat(parts, ignore_index=True).assign(recipe=recipe.name, task=_task(recipe), made_of=_made_of(run, n, recipe.name, seeds))
     return [own, *_references(run, recipe, next(iter(models.values())), labels, n)]
+
+def _groups(run, models, rules, n):
+    "Figures by scanner, thickness, position, age, sex, contrast and size of bleed, of the first seed's model"
+    seed = next(iter(models))
+    rows = judge_subgroups(run, with_any(models[seed])[0], rules[seed], n=n)
+    return rows[(rows['group'] != '') & rows['estimate'].notna()].assign(seeds=str(seed), point='specificity .90')
 
 def _references(run, recipe, predictions, labels, n):
     "The prevalence's figures for `any`, and for the recipe's own task"
@@ -94,7 +103,7 @@ def _without(judged, rows):
 
 def _joined(judged, rows): return pd.concat([frame for frame in (_without(judged, rows), *rows) if len(frame)], ignore_index=True)
 
-# %% ../nbs/35_compare.ipynb #4887e204
+# %% ../nbs/35_compare.ipynb #2c713412
 def _about(run, recipe, seeds):
     "What stands in each row of a recipe"
     results = [model_result(run, recipe.name, seed) for seed in seeds]
@@ -119,7 +128,7 @@ def _board(run, judged, compared, failed):
     board = sort_board(pd.concat([frame for frame in (boards, lost) if len(frame)], ignore_index=True))
     return board.assign(**{name: board[name].fillna('') if name in board else '' for name in _texts})
 
-# %% ../nbs/35_compare.ipynb #27a02ca9
+# %% ../nbs/35_compare.ipynb #55a85210
 def _resolved(recipes):
     "The recipes meant, each once"
     recipes = [get_recipe(r) for r in recipes]

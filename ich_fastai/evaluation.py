@@ -18,6 +18,7 @@ from fastcore.xml import Div, H1, H2, H3, Header, P, Pre, Section, Span, Strong
 from .core import LABELS, Run, check_options, only_one, versions, write_whole
 from .page import banners, inline, page, source_kind, table
 from .clean import Store
+from .shift import plot_shift, read_headers, shift, shift_findings
 from .bundle import Bundle, load_bundle
 from .figures import plot_calibration, plot_confusion, plot_roc
 from .failures import extreme_slices, worst_slices
@@ -88,13 +89,20 @@ def findings(
     off = f'In ten bins of equally many slices, its probabilities are {before:.3f} from the observed frequency on average as trained'
     return said + [f'{off}, {after:.3f} recalibrated.' if after != before else f'{off}; there are too few patients to recalibrate them.']
 
-def _charts(bundle, predictions, labels, n):
-    kept = predictions['kept']
-    p, t, cuts = predictions[kept], labels[kept], bundle.operating().threshold
+def _charts(bundle, p, t, n):
+    cuts = bundle.operating().threshold
     yield plot_roc(p, t, cuts, n), 'ROC by slice; the dots are its own thresholds'
     if cuts.notna().any(): yield plot_confusion(p, t, cuts), 'Confusion at its own thresholds'
+
+def _calibration_charts(p, t, n):
     yield plot_calibration(p, t, n), 'Calibration as trained: predicted probability against observed frequency'
     yield plot_calibration(recalibrated(p, t)[0], t, n), 'Calibration after recalibration on other patients of this run'
+
+def _shift_section(shifted):
+    "How far these scans are from those of the training"
+    known = shifted.attrs['parts'] and len(shifted)
+    chart = inline(plot_shift(shifted), 'Distance of each study from the training slices, by HU and by what the network makes of them') if known and shifted['embedding_distance'].notna().any() else ''
+    return [H3('Are these scans like those of its training?'), *[P(sentence) for sentence in shift_findings(shifted)], chart]
 
 def _about(bundle, run):
     "How the model was made, and how to make the page again"
@@ -116,31 +124,37 @@ def evaluation_page(
     bundle:Bundle, run:Run,
     predictions:pd.DataFrame, labels:pd.DataFrame, # By image, the same rows
     judged:pd.DataFrame, # From `judge_bundle`
+    shifted:pd.DataFrame, # From `shift`
     n:int=1000, # Resamples, for the figures
     side:str='', # As for `other_predictions`
 )->str: # HTML
-    "The judgement as one page"
-    of = whose(bundle, run, side)
+    "The judgement as one page, in the order of a comparison's report"
+    of, kept = whose(bundle, run, side), predictions['kept']
+    p, t = predictions[kept], labels[kept]
+    cuts, store = bundle.operating().threshold.fillna(bundle.recipe.threshold), Store(run.images)
+    tables = [_version_table(judged, data, version) for data in ('kept slices', 'studies') for version in ('as trained', 'recalibrated')]
+    good = Section(H2('How good, and how sure'), *tables, P(_note, cls='note'), _thresholds(bundle), Div(*[inline(*chart) for chart in _charts(bundle, p, t, n)], cls='charts'))
+    fails = Section(H2('Where it fails'), H3('The twenty slices on which it is most wrong'), worst_slices(store, p, t), H3('Surest, right and wrong'), extreme_slices(store, p, t, cuts))
+    trusted = Section(H2('Can it be trusted?'), *_shift_section(shifted), H3('Calibration'), Div(*[inline(*chart) for chart in _calibration_charts(p, t, n)], cls='charts'))
+    return page(f'{bundle.recipe.name} on {of}', _head(bundle, run, predictions, labels, judged, shifted, of), good, fails, trusted, _about(bundle, run))
+
+def _head(bundle, run, predictions, labels, judged, shifted, of):
     leak = [Div(Strong('Not a test. '), f'These are {of}: every figure is too good.', cls='phantom')] if 'has learned' in of else []
-    top = Header(P('Research use, not a medical device', cls='use'), H1('A finished model, judged: ', Span(bundle.recipe.name)), *banners(run), *leak,
-                 P(f'Learned from {_learned(bundle)}. Judged on {of}: {_counts(predictions, labels)}, from {source_kind(run)}. Written {date.today():%d %B %Y} with ich_fastai.'),
-                 *[P(sentence, cls='lead') for sentence in findings(bundle, judged)])
-    tables = [_version_table(judged, level, version) for level in ('kept slices', 'studies') for version in ('as trained', 'recalibrated')]
-    note = ('Slices with enough brain, and studies by the rule of the bundle. Patients: those with the label. Where there is no interval, fewer than four patients have the label, or lack it: '
-            'such a figure tells nothing. PPV is at the share of bleeds that these patients have. Recalibrated: each fifth of the patients is calibrated, and called at thresholds by Youden\'s rule, by the other four, '
-            'where these have ten patients with the label. Slope and intercept are what the log odds of the same table still want; 1 and 0 are right.')
-    cuts = bundle.operating().threshold.fillna(bundle.recipe.threshold)
-    kept = predictions['kept']
-    return page(f'{bundle.recipe.name} on {of}', top, Section(H2('How good, and how sure'), *tables, P(note, cls='note'), _thresholds(bundle)),
-                Section(H2('Figures'), Div(*[inline(*chart) for chart in _charts(bundle, predictions, labels, n)], cls='charts')),
-                Section(H2('Where it is surest'), extreme_slices(Store(run.images), predictions[kept], labels[kept], cuts)), _about(bundle, run))
+    asked = f'Learned from {_learned(bundle)}. Judged on {of}: {_counts(predictions, labels)}, from {source_kind(run)}. Written {date.today():%d %B %Y} with ich_fastai.'
+    verdict = shift_findings(shifted)[0]
+    return Header(P('Research use, not a medical device', cls='use'), H1('A finished model, judged: ', Span(bundle.recipe.name)), *banners(run), *leak, P(asked),
+                  *[P(sentence, cls='lead') for sentence in [*findings(bundle, judged), verdict]])
+
+_note = ('Slices with enough brain, and studies by the rule of the bundle. Patients: those with the label. Where there is no interval, fewer than four patients have the label, or lack it: '
+         'such a figure tells nothing. PPV is at the share of bleeds that these patients have. Recalibrated: each fifth of the patients is calibrated, and called at thresholds by Youden\'s rule, by the other four, '
+         'where these have ten patients with the label. Slope and intercept are what the log odds of the same table still want; 1 and 0 are right.')
 
 # %% ../nbs/46_evaluation.ipynb #5b70c7d0
 class Evaluation(NamedTuple):
     "What `evaluate_bundle` wrote"
     folder:Path
     judged:pd.DataFrame
-    findings:list # Sentences
+    findings:list # Sentences, the last on how far these scans are from those of the training
 
 def _key(bundle_folder, run, side):
     "A hash of all that the predictions depend on"
@@ -157,6 +171,11 @@ def _predicted(folder, key, make):
     with write_whole(path) as part: predictions.to_parquet(part)
     with write_whole(mark) as part: part.write_text(json.dumps(dict(key=key, versions=versions()), indent=1))
     return predictions
+
+def _write_shift(shifted, path):
+    plain = shifted.drop(columns='PatientID')
+    plain.attrs = {}  # What the validation patients had stays in the bundle
+    with write_whole(path) as part: plain.to_parquet(part)
 
 def evaluate_bundle(
     bundle, # The folder of a bundle
@@ -176,7 +195,9 @@ def evaluate_bundle(
         predictions = _predicted(folder, _key(bundle, run, side), lambda: other_predictions(bundle, run, side))
         labels = run.read('labels').loc[predictions.index, list(LABELS)]
         judged = judge_bundle(loaded, predictions, labels, n, seed)
-        html = evaluation_page(loaded, run, predictions, labels, judged, n, side)
+        shifted = shift(loaded, Store(run.images), read_headers(run))
+        html = evaluation_page(loaded, run, predictions, labels, judged, shifted, n, side)
         with write_whole(folder/'judge.parquet') as part: judged.to_parquet(part)
+        _write_shift(shifted, folder/'shift.parquet')
         with write_whole(folder/'report.html') as part: part.write_text(html, encoding='utf-8')
-    return Evaluation(folder, judged, findings(loaded, judged))
+    return Evaluation(folder, judged, [*findings(loaded, judged), shift_findings(shifted)[0]])

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'COMBINED', 'FEWEST', 'FEW', 'toy_predictions', 'of_split', 'with_any', 'patient_weights', 'resampled',
-           'share_interval', 'difference_interval', 'patients_behind', 'judged_values', 'intervals', 'difference']
+           'share_interval', 'difference_interval', 'patients_behind', 'metric_interval', 'interval_note',
+           'judged_values', 'intervals', 'difference']
 
 # %% ../nbs/30_intervals.ipynb #c7131ab6
 import numpy as np
@@ -167,13 +168,13 @@ def patients_behind(
     return min(frame.PatientID[rows].nunique() for frame, cut in _by_seed(predictions, threshold) for rows in groups(frame, cut))
 
 # %% ../nbs/30_intervals.ipynb #3fe4ea0d
-def _interval(metric, estimate, se, k, degrees):
+def metric_interval(metric, estimate, se, k, degrees):
     interval = _loss_interval if metric in _losses else share_interval
     return interval(estimate, se, k, degrees)
 
 def _of_differences(metric, *spread): return difference_interval(*spread)
 
-def _note(n, with_label, k):
+def interval_note(n, with_label, k):
     "What to know of an interval of `n` patients, of whom the figure rests on `k`"
     found = f'{n} patients, {with_label} with the label' if with_label <= k else f'{n} patients, the figure rests on {k}'
     if min(with_label, k) < FEWEST: return f'no interval: {found}'
@@ -187,7 +188,7 @@ def _judged_label(predictions, labels, metric, label, column, threshold, interva
     if np.isnan(estimate) or np.isnan(se): return dict(estimate=estimate, **empty, note='not defined here')
     n, with_label = frame.PatientID.nunique(), frame.PatientID[labels.get(label, labels.any(axis=1))].nunique()
     k = patients_behind(predictions, labels, metric, label, threshold) if label in labels else with_label
-    note = _note(n, with_label, k)
+    note = interval_note(n, with_label, k)
     low, high = (np.nan, np.nan) if note.startswith('no interval') else interval(metric, estimate, se*np.sqrt(k/(k - 1)), k, _degrees(metric, k))
     return dict(estimate=estimate, low=low, high=high, note=note)
 
@@ -195,7 +196,7 @@ def judged_values(
     predictions, labels:pd.DataFrame, metric:str, # As for `resampled`
     values:pd.DataFrame, # What `resampled` gave
     threshold=.5,
-    interval=_interval, # A function of metric, estimate, standard error, patients, degrees of freedom
+    interval=metric_interval, # A function of metric, estimate, standard error, patients, degrees of freedom
 )->pd.DataFrame: # By label: estimate, low, high, note
     "The intervals of resampled figures"
     rows = {label: _judged_label(predictions, labels, metric, label, column, threshold, interval) for label, column in values.items()}

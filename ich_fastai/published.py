@@ -20,7 +20,7 @@ from fastcore.script import CliError
 
 from . import metrics
 from .core import TYPES, pick
-from .intervals import FEWEST, _interval, _note, intervals, of_split, patient_weights, resampled
+from .intervals import FEWEST, metric_interval, interval_note, intervals, of_split, patient_weights, resampled
 from .labels import subset
 from .metrics import Draws
 from .recipes import Recipe, get_recipe, recipes
@@ -239,10 +239,10 @@ def _interval_of(measured, predictions, labels):
     if np.isnan(estimate) or np.isnan(se): return pd.Series(nothing | dict(note='not defined here'))
     patients = predictions['PatientID']
     k = min(patients[group].nunique() for group in measured.groups)
-    note = _note(patients.nunique(), patients[labels['any'].to_numpy(bool)].nunique(), k)
+    note = interval_note(patients.nunique(), patients[labels['any'].to_numpy(bool)].nunique(), k)
     if k < FEWEST: return pd.Series(nothing | dict(note=note))
     degrees = 2*k if kind in _whole else k - 1
-    low, high = _interval(kind, estimate, se*np.sqrt(k/(k - 1)), k, degrees)
+    low, high = metric_interval(kind, estimate, se*np.sqrt(k/(k - 1)), k, degrees)
     return pd.Series(dict(estimate=estimate, low=low, high=high, note=note))
 
 def _measure_any(predictions, labels, metric, share, even, n, seed, threshold):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WITH_CURVES', 'plot_training', 'on_any', 'chosen', 'findings', 'report']
 
-# %% ../nbs/36_report.ipynb #35c52159
+# %% ../nbs/36_report.ipynb #c66bd62b
 from datetime import date
 from pathlib import Path
 from typing import NamedTuple
@@ -25,11 +25,13 @@ from .page import banners, data_charts, inline, is_phantom, page, sides_table, s
 from .intervals import of_split, with_any
 from .figures import plot_calibration, plot_confusion, plot_roc
 from .judge import of_kind
+from .subgroups import plot_groups
+from .published import published_table
 from .board import draws_of, interval_text, luck_of_first, pairs, plot_board, ranking, whole_recipe
 from .failures import extreme_slices, worst_slices
 from .compare import model_result, read_board, read_judged
 
-# %% ../nbs/36_report.ipynb #7da38eeb
+# %% ../nbs/36_report.ipynb #d9b3acd8
 def _plot_lr(ax, folder):
     found = pd.read_csv(folder/'lr_find.csv')
     suggested = found.suggested.iloc[0]
@@ -71,12 +73,13 @@ def plot_training(
         ax.spines[['top', 'right']].set_visible(False); ax.tick_params(labelsize=8)
     return axs
 
-# %% ../nbs/36_report.ipynb #f1e59ba1
+# %% ../nbs/36_report.ipynb #ee784f3b
 class _Known(NamedTuple):
     "What the page is made of"
     run:Run
     board:pd.DataFrame
-    judged:pd.DataFrame # Over all seeds of each recipe
+    judged:pd.DataFrame # Over all seeds of each recipe, all rows
+    every:pd.DataFrame  # And those of single seeds, of groups and of other operating points
     store:Store
     labels:pd.DataFrame
     split:pd.DataFrame
@@ -84,7 +87,8 @@ class _Known(NamedTuple):
 def _known(run):
     if not (run.path/'leaderboard.csv').exists() or not (run.path/'judge.parquet').exists():
         raise CliError(f'nothing was judged in {run.path}: compare recipes with `ich-compare {run.path} RECIPE`')
-    return _Known(run, read_board(run), whole_recipe(read_judged(run)), Store(run.images), run.read('labels'), run.read('split'))
+    judged = read_judged(run)
+    return _Known(run, read_board(run), whole_recipe(judged), judged, Store(run.images), run.read('labels'), run.read('split'))
 
 def on_any(board, slices='all'): # The rows of the recipes on the `any` board
     return board[(board['board'] == 'any') & (board['slices'] == slices) & (board['kind'] != 'reference')]
@@ -140,7 +144,7 @@ def findings(
     notes = [f'{note[0].upper()}{note[1:]}.' for note in sorted({x for x in rows.note.fillna('') if x})]
     return [_best_sentence(best), *_call_sentence(best), *_floor_sentence(best, len(rows) == 1), *_luck_sentence(board, judged), *notes]
 
-# %% ../nbs/36_report.ipynb #ce5bfb32
+# %% ../nbs/36_report.ipynb #d96702e8
 def _weights(known):
     "How the networks' weights started"
     rows = on_any(known.board)
@@ -164,7 +168,7 @@ def _top(known):
     return Header(P('Research use, not a medical device', cls='use'), H1('Bleeding on head CT: ', Span(f'{len(on_any(known.board))} recipes compared')), *banners(known.run),
                   P(_asked(known)), P(_weights(known)), *[P(s, cls='lead') for s in findings(known.board, known.judged)], P(_intervals, cls='note'))
 
-# %% ../nbs/36_report.ipynb #39874e28
+# %% ../nbs/36_report.ipynb #7692de9b
 def _figures(rows, columns, caption='', about=('slices',)):
     "A table of the board's `rows`: recipe, what it is `about`, and `columns` (header to the board's column) with their intervals"
     def one(r):
@@ -226,14 +230,6 @@ def _own_tables(board):
 _note = ("Ordered by AUROC on test: with many recipes the first place is partly luck. * At the threshold that Youden's rule chose on the validation patients. \"max of types\": the recipe learned the five types from "
          'bleeding slices alone and never saw a slice without a bleed.')
 
-def _how_good(known):
-    failed = known.board[known.board['board'] == 'failed']
-    lost = table(failed[['recipe', 'seeds', 'error']].to_dict('records'), 'could not be run', ('recipe', 'seeds', 'error'))
-    chart = inline(plot_board(known.board, read_judged(known.run)), 'AUROC on any by recipe, with 95 % intervals by patient') if len(on_any(known.board)) else ''
-    return Section(H2('How good, and how sure'), chart, *_any_tables(known.board), P(_note, cls='note'), _pairs_table(known.board, known.judged), lost,
-                   Details(Summary('Each recipe on its own task'), *_own_tables(known.board)))
-
-# %% ../nbs/36_report.ipynb #a58806c7
 class _Model(NamedTuple):
     "The first seed's model of a recipe, for curves and images"
     recipe:Recipe
@@ -246,20 +242,63 @@ def _model(known, row):
     folder = known.run.model(row.recipe, seed)
     recipe, predictions = read_recipe(folder/'recipe.toml'), pd.read_parquet(folder/'predictions.parquet')
     kept = known.store.index['kept'].reindex(predictions.index)
-    return _Model(recipe, folder, predictions.assign(kept=kept), _cuts(read_judged(known.run), row.recipe, seed))
+    return _Model(recipe, folder, predictions.assign(kept=kept), _cuts(known.every, row.recipe, seed))
 
 def _cuts(judged, recipe, seed):
     "The thresholds that were judged"
-    rows = judged[(judged['recipe'] == recipe) & (judged['seeds'] == str(seed)) & (judged['metric'] == 'threshold') & (judged['data'] == 'kept slices')]
+    rows = judged[(judged['recipe'] == recipe) & (judged['seeds'] == str(seed)) & (judged['metric'] == 'threshold') & (judged['data'] == 'kept slices') & (judged['point'] == '')]
     return rows.set_index('label')['estimate'].reindex(list(LABELS))
 
+def _figure_cell(rows, metric, digits=2):
+    "(estimate, interval) of one of the rows, as text"
+    here = rows[rows['metric'] == metric]
+    if here.empty: return ''
+    row = here.iloc[0]
+    return f'{row.estimate:.{digits}f}', '' if pd.isna(row.low) else f'{row.low:.{digits}f} to {row.high:.{digits}f}'
+
+_decided = {'sensitivity': 'sensitivity', 'specificity': 'specificity', 'PPV at 10 %': 'PPV at 0.1', 'NPV at 10 %': 'NPV at 0.1', 'PPV at 40 %': 'PPV at 0.4', 'alarms a study': 'alarms a study'}
+
+def _decisions_table(known, best):
+    "What thresholds of the recipe of the headline are worth, on `any`"
+    rows = known.every[(known.every['recipe'] == best.recipe) & (known.every['seeds'] == str(_first_seed(best))) & (known.every['group'] == '') & (known.every['point'] != '') & (known.every['label'] == 'any')]
+    def one(data, point, of_it): return {'of': data, 'chosen on valid for': point, **{title: _figure_cell(of_it, metric) for title, metric in _decided.items()}}
+    caption = f'{best.recipe}: what its thresholds are worth on test; predictive values where 10 % or 40 % bleed; alarms: slices called in a study without a bleed'
+    return table([one(*key, of_it) for key, of_it in rows.groupby(['data', 'point'], sort=False)], caption, ('of', 'chosen on valid for'))
+
+def _published(known):
+    "Published figures beside ours, of the recipes that have any"
+    tables = []
+    for row in on_any(known.board).itertuples():
+        model = _model(known, row)
+        rows = published_table(model.recipe, {_first_seed(row): model.predictions}, known.labels, known.run.path/'models'/row.recipe)
+        def one(r): return dict(metric=r.metric, published=r.published, balance=r.balance, ours=interval_text(dict(x=r.estimate, x_low=r.low, x_high=r.high), 'x'), chance=r.chance, **{'why they differ': '; '.join(filter(None, [r.note, r.why]))})
+        if len(rows): tables.append(table([one(r) for r in rows.itertuples()], f'{row.recipe}: {rows["source"].iloc[0]}', ('metric', 'balance', 'why they differ')))
+    return [Details(Summary('Published figures beside ours: the same metric at the same balance'), *tables)] if tables else []
+
+def _how_good(known):
+    failed = known.board[known.board['board'] == 'failed']
+    lost = table(failed[['recipe', 'seeds', 'error']].to_dict('records'), 'could not be run', ('recipe', 'seeds', 'error'))
+    chart = inline(plot_board(known.board, known.every), 'AUROC on any by recipe, with 95 % intervals by patient') if len(on_any(known.board)) else ''
+    best = chosen(known.board)
+    decisions = '' if best is None else _decisions_table(known, best)
+    return Section(H2('How good, and how sure'), chart, *_any_tables(known.board), P(_note, cls='note'), _pairs_table(known.board, known.judged), decisions, lost, *_published(known),
+                   Details(Summary('Each recipe on its own task'), *_own_tables(known.board)))
+
+# %% ../nbs/36_report.ipynb #93f5f929
 def _on_test(known, model, kept=False): return of_kind(model.recipe, *of_split(model.predictions, known.labels, 'test', kept))
+
+def _groups(known, best):
+    "AUROC, sensitivity and specificity by group, where there are such"
+    rows = known.every[(known.every['recipe'] == best.recipe) & (known.every['group'] != '') & (known.every['data'] == 'kept slices')]
+    for metric in 'auroc', 'sensitivity', 'specificity':
+        there = rows[(rows['metric'] == metric) & (rows['label'] == 'any')]
+        if len(there): yield inline(plot_groups(rows, metric), f'{metric} of any by group of slices: scanner, thickness, position, age, sex, contrast, size of bleed; sensitivity and specificity at the threshold with a specificity of .90 on valid')
 
 def _fails(known, best):
     "The worst slices of the recipe of the headline"
     model = _model(known, best)
     p, t = of_split(with_any(model.predictions)[0], known.labels, 'test', kept=True)
-    return Section(H2('Where it fails'), P(f'Of {best.recipe}, on test slices with enough brain, one slice a study, in the brain window.'), H3('The twenty slices on which it is most wrong'), worst_slices(known.store, p, t),
+    return Section(H2('Where it fails'), P(f'Of {best.recipe}, on test slices with enough brain, one slice a study, in the brain window.'), H3('The twenty slices on which it is most wrong'), worst_slices(known.store, p, t), H3('By group'), Div(*_groups(known, best), cls='charts'),
                    H3('Surest, right and wrong'), extreme_slices(known.store, p, t, model.cuts.fillna(model.recipe.threshold)))
 
 def _calibration_table(known, best):
@@ -285,7 +324,7 @@ def _trusted(known, best):
               inline(plot_calibration(calibrated(p, line), t), 'Calibration after recalibration on the validation patients')]
     return Section(H2('Can it be trusted?'), _guards(known), _calibration_table(known, best), Div(*charts, cls='charts'))
 
-# %% ../nbs/36_report.ipynb #8be5952e
+# %% ../nbs/36_report.ipynb #356084e7
 def _cost_table(board):
     columns = dict(recipe='recipe', seeds='seeds', task='task', parameters='parameters', seconds='training seconds', images_per_second='images a second')
     rows = on_any(board).reindex(columns=list(columns)).rename(columns=columns)
