@@ -12,7 +12,7 @@ from fastcore.script import CliError
 from .core import LABELS
 from .metrics import Draws
 from .operating import POINTS, operating_points, predictive_values
-from .intervals import FEW, FEWEST, difference_interval, judged_values, patient_weights, resampled
+from .intervals import FEW, FEWEST, difference_interval, judged_values, patient_weights, resampled, share_interval
 
 # %% ../nbs/31d_decisions.ipynb #4395fc88
 def chosen_thresholds(
