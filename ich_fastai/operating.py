@@ -14,7 +14,6 @@ from fastcore.script import CliError
 from scipy.special import expit
 
 from .core import LABELS, pick
-from .metrics import log_loss
 from .study import FOLDS, log_odds
 
 # %% ../nbs/21c_operating.ipynb #d4ad7279
