@@ -8,7 +8,7 @@ __all__ = ['PATIENTS', 'SLICES', 'FACTS', 'STATISTICS', 'SOFT', 'FEWEST_PIXELS',
            'Reference', 'reference', 'save_reference', 'load_reference', 'shift_verdict', 'shift', 'shift_findings',
            'plot_shift']
 
-# %% ../nbs/25b_shift.ipynb #709ae3d7
+# %% ../nbs/25b_shift.ipynb #897afd1a
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +28,7 @@ from .gray import windows_of
 from .data import Data, make_loader, read_at
 from .models import full_precision
 
-# %% ../nbs/25b_shift.ipynb #de558b29
+# %% ../nbs/25b_shift.ipynb #31af890e
 PATIENTS, SLICES = 100, 10  # Patients of each side that a reference looks at, and slices of a study
 
 def _evenly(positions, n):
@@ -49,10 +49,10 @@ def _some_patients(index, rows, seed):
     drawn = first.sample(min(PATIENTS, len(first)), random_state=seed)
     return rows & index['StudyInstanceUID'].isin(drawn).to_numpy()
 
-# %% ../nbs/25b_shift.ipynb #8310ce41
+# %% ../nbs/25b_shift.ipynb #2ea64a57
 FACTS = 'pixels', 'thickness', 'spacing', 'kernel'
 _header_columns = ['StudyInstanceUID', 'SeriesInstanceUID', 'PatientID', 'use', 'BitsStored', 'PixelRepresentation', 'hu_intercept', 'hu_repair',
-                   'gray', 'SliceThickness', 'z', 'PixelSpacing', 'ConvolutionKernel']
+                   'gray', 'SliceThickness', 'z', 'ImagePositionPatient', 'PixelSpacing', 'ConvolutionKernel']
 
 def read_headers(
     run:Run,
@@ -65,10 +65,10 @@ def _numbers(frame, name):
     return pd.to_numeric(frame[name], errors='coerce') if name in frame else pd.Series(np.nan, frame.index)
 
 def _gaps(frame):
-    "mm from each slice to the one before it in its series; NaN where there is none, or it lies in the same place"
+    "mm from each slice to the one before it in its series; NaN where there is none, it lies in the same place, or `z` is no position"
     keys = [frame[name].to_numpy() for name in ('StudyInstanceUID', 'SeriesInstanceUID')]
     gaps = _numbers(frame, 'z').groupby(keys).diff().abs()
-    return gaps.where(gaps > .01)
+    return gaps.where((gaps > .01) & _numbers(frame, 'ImagePositionPatient').notna())
 
 def _pixels(row):
     if isinstance(row.gray, str): return f'8-bit images of the window {windows_of(row.gray)}'
@@ -99,7 +99,7 @@ def header_facts(
             for row in first.itertuples()]
     return pd.DataFrame(rows, first.index.rename('StudyInstanceUID'), list(FACTS))
 
-# %% ../nbs/25b_shift.ipynb #ee414278
+# %% ../nbs/25b_shift.ipynb #daf68e2c
 STATISTICS = dict(  # What a difference of it must be to count at all, where all training patients are alike
     brain=.5,     # HU, the median of soft tissue
     contrast=.5,  # HU between its quartiles
@@ -139,7 +139,7 @@ def hu_statistics(
     "What can be measured of slices without knowing what they show"
     return pd.DataFrame([_measured(one) for one in hu], columns=list(STATISTICS))
 
-# %% ../nbs/25b_shift.ipynb #e461eeb7
+# %% ../nbs/25b_shift.ipynb #9b75d3ba
 DIRECTIONS = 32  # Of their own variance; a tenth of the slices where there are fewer
 
 class Gaussian(NamedTuple):
@@ -184,7 +184,7 @@ def embeddings(
     loader = make_loader(store, bundle.recipe, bundle.bins, positions, bundle.size, bs)
     with full_precision(model): return torch.cat([model.features(x, 'dense').cpu() for x, _ in loader]).numpy()
 
-# %% ../nbs/25b_shift.ipynb #7e1308a2
+# %% ../nbs/25b_shift.ipynb #57529508
 class Reference(NamedTuple):
     "What a bundle keeps of training and validation patients"
     facts:dict # Plain values: headers, hu, embedding (None where it is not known)
@@ -248,7 +248,7 @@ def reference(
     distances = _embedding_by_study(bundle, data.store, at['valid'], gaussian, bs)
     return Reference(facts | dict(embedding=dict(distances=_plain(distances))), gaussian)
 
-# %% ../nbs/25b_shift.ipynb #2b632741
+# %% ../nbs/25b_shift.ipynb #7cb11dad
 ARRAYS = 'shift.safetensors'  # In a bundle's folder
 
 def save_reference(
@@ -269,7 +269,7 @@ def load_reference(
     try: return Reference(facts, Gaussian(**load_file(path)))
     except (SafetensorError, TypeError, OSError) as e: raise CliError(f'{path} is damaged: delete it, or train the model again') from e
 
-# %% ../nbs/25b_shift.ipynb #76901a6b
+# %% ../nbs/25b_shift.ipynb #cfb34498
 ALPHA = .05      # Of a warning where there is no difference, by headers, HU or embedding
 FEWEST_VALID = 3 # Validation patients, below which distances tell nothing
 
@@ -315,7 +315,7 @@ def shift_verdict(
     found['p'] = (found['p']*max(frame.attrs['parts'], 1)).clip(upper=1)  # The worst of several networks
     return found.assign(warns=found['p'] <= ALPHA/len(rows))
 
-# %% ../nbs/25b_shift.ipynb #342fb430
+# %% ../nbs/25b_shift.ipynb #a613d6da
 def _percentile(distances, valid): # 0..100, of validation patients who are less far; NaN stays
     less = 100*np.searchsorted(np.sort(valid), distances)/len(valid)
     return np.where(np.isnan(distances), np.nan, less)
@@ -378,7 +378,7 @@ def _nothing_known(bundle, index):
 
 def _lowest_p(frame): return shift_verdict(frame)['p'].fillna(1.).min()
 
-# %% ../nbs/25b_shift.ipynb #115ccb97
+# %% ../nbs/25b_shift.ipynb #1b2cd778
 _not_known = ('How far these scans are from those that the model learned from is not known: its bundle keeps nothing to compare them with. '
               'Train it again, or compare scanners, slice thickness and kernels by hand.')
 _differ = 'These scans differ from those that the model learned from: what it was measured at may not hold for them.'
@@ -418,10 +418,13 @@ def shift_findings(
     few = min([len(v) for v in frame.attrs['valid'].values()])
     return [_alike + (f', as far as {few} validation patients can tell.' if few < 100 else '.'), *said]
 
-# %% ../nbs/25b_shift.ipynb #55996b2e
-def _marked(ax, limit, across):
-    line = ax.axvline if across else ax.axhline
-    line(limit, color='.6', lw=1, ls=':')
+# %% ../nbs/25b_shift.ipynb #66d8daa2
+def _logarithmic(axis):
+    "A logarithmic axis with ticks at 1, 2 and 5, as plain numbers"
+    from matplotlib.ticker import LogLocator, NullFormatter
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter('{x:g}')
+    axis.set_minor_formatter(NullFormatter())
 
 def plot_shift(
     frame:pd.DataFrame, # From `shift`
@@ -437,9 +440,11 @@ def plot_shift(
         ax.text(.5, .5, 'not known', transform=ax.transAxes, ha='center')
         return ax
     ax.plot(valid['hu'], valid['embedding'], 'o', ms=4, color='.7', label=f'{len(valid["hu"])} validation patients')
-    for name, across in dict(hu=True, embedding=False).items(): _marked(ax, _limit(valid[name]), across)
+    for line, name in ((ax.axvline, 'hu'), (ax.axhline, 'embedding')): line(_limit(valid[name]), color='.6', lw=1, ls=':')
+    for axis in ax.xaxis, ax.yaxis: _logarithmic(axis)
     new = frame['header_new'].fillna('') != ''
-    for rows, marker, what in ((~new, 'o', 'studies'), (new, '^', 'studies with new headers')):
-        if rows.any(): ax.plot(frame['hu_distance'][rows].astype(float), frame['embedding_distance'][rows].astype(float), marker, ms=5, mec='white', color='#D55E00' if marker == '^' else '#0072B2', label=what)
+    for rows, look, what in ((~new, dict(marker='o', color='#0072B2'), 'studies'), (new, dict(marker='^', color='#D55E00'), 'studies with new headers')):
+        some = frame[rows].astype(dict(hu_distance=float, embedding_distance=float))
+        if len(some): ax.plot(some['hu_distance'], some['embedding_distance'], ls='', ms=5, mec='white', label=what, **look)
     ax.legend(fontsize=7, frameon=False)
     return ax
