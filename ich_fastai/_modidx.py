@@ -1064,6 +1064,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'ich_fastai.published._said_of_types': ('published.html#_said_of_types', 'ich_fastai/published.py'),
                                       'ich_fastai.published._text': ('published.html#_text', 'ich_fastai/published.py'),
                                       'ich_fastai.published._total': ('published.html#_total', 'ich_fastai/published.py'),
+                                      'ich_fastai.published._undefined': ('published.html#_undefined', 'ich_fastai/published.py'),
                                       'ich_fastai.published.at_balance': ('published.html#at_balance', 'ich_fastai/published.py'),
                                       'ich_fastai.published.balance_groups': ('published.html#balance_groups', 'ich_fastai/published.py'),
                                       'ich_fastai.published.by_epoch': ('published.html#by_epoch', 'ich_fastai/published.py'),
