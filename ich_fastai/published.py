@@ -8,7 +8,7 @@ __all__ = ['SOURCES', 'REPORTS', 'PUBLISHED', 'CONFUSIONS', 'BALANCED', 'BY_EPOC
            'plot_types_confusion', 'by_types', 'plot_by_types', 'by_epoch', 'plot_epochs', 'chance', 'why_different',
            'published_table']
 
-# %% ../nbs/33_published.ipynb #c6243a23
+# %% ../nbs/33_published.ipynb #2328b3a4
 import json, math
 from dataclasses import fields
 from pathlib import Path
@@ -25,7 +25,7 @@ from .labels import subset
 from .metrics import Draws
 from .recipes import Recipe, get_recipe, recipes
 
-# %% ../nbs/33_published.ipynb #befc4766
+# %% ../nbs/33_published.ipynb #574c3364
 class Published(NamedTuple):
     "One published figure"
     recipe: str             # The recipe that it is of
@@ -51,7 +51,7 @@ SOURCES = dict(petkov='Petkov and Singal', khandelwal='Khandelwal et al. 2022', 
 REPORTS = dict(petkov='000', dibernardo='001', pyligent='002', khandelwal='003', qiu='004')  # How the names of the texts begin
 PUBLISHED = []
 
-# %% ../nbs/33_published.ipynb #bbe12343
+# %% ../nbs/33_published.ipynb #44d625c4
 def _confusion(rows, names): return pd.DataFrame(rows, pd.Index(names, name='actual'), pd.Index(names, name='predicted'))
 
 CONFUSIONS = dict(  # Counts, figures 6 and 10 of the report
@@ -94,7 +94,7 @@ def _petkov():
 
 PUBLISHED += _petkov()
 
-# %% ../nbs/33_published.ipynb #f4374e29
+# %% ../nbs/33_published.ipynb #9241ebba
 def _khandelwal():
     leaks = 'a random 20 % of the slices: others of the same studies were learned from'
     half = dict(on='20 % of 194,082 slices, "pretty balanced"', share=.5, flaw=leaks)
@@ -114,7 +114,7 @@ def _khandelwal():
 
 PUBLISHED += _khandelwal()
 
-# %% ../nbs/33_published.ipynb #50b49ccb
+# %% ../nbs/33_published.ipynb #51a56e9d
 def _dibernardo():
     told = dict(simple_nn=('0.9', '84.11%', '0.137'), deep_cnn=('0.93', '92.17%', '0.0663'), resnet50=('0.99', '89.91%', '0.0694'))
     on = dict(on='slices with 3+ types and without a bleed', share=6547/26547, flaw='the balance of its test is not told: that of its training here')
@@ -131,7 +131,7 @@ def _dibernardo():
 
 PUBLISHED += _dibernardo()
 
-# %% ../nbs/33_published.ipynb #a28de387
+# %% ../nbs/33_published.ipynb #01f9cfd5
 def _pyligent():
     private, public = (f'the challenge\'s own test, the {part}' for part in ('private 99 %', 'public 1 %'))
     blank = 'its training images were blank: a name that is not defined, behind a bare `except`'
@@ -143,14 +143,14 @@ def _pyligent():
 
 PUBLISHED += _pyligent()
 
-# %% ../nbs/33_published.ipynb #ab515da7
+# %% ../nbs/33_published.ipynb #c5c2a268
 def implied_share(
     accuracy:float, recall:float, precision:float, # Of one test
 )->float: # Of slices with a bleed
     "The balance of a test, from three figures of it"
     return (1 - accuracy)/(1 - recall + recall*(1 - precision)/precision)
 
-# %% ../nbs/33_published.ipynb #1eb8cde1
+# %% ../nbs/33_published.ipynb #015290c2
 def _qiu():
     on = dict(on='20 % of about 87,000 slices of 2,500 patients, "about 15% hemorrhage labels"', share=.15)
     names = 'accuracy', 'recall', 'precision', 'auroc'
@@ -168,7 +168,7 @@ def _qiu():
 
 PUBLISHED += _qiu()
 
-# %% ../nbs/33_published.ipynb #3a714bd8
+# %% ../nbs/33_published.ipynb #3166d740
 def figures_of(
     recipe, # A `Recipe`, or a name
 )->list: # Of `Published`
@@ -178,7 +178,7 @@ def figures_of(
     ancestors = [name for name in named if f'{base}_'.startswith(f'{name}_')]
     return [f for f in PUBLISHED if f.recipe == max(ancestors, key=len, default='')]
 
-# %% ../nbs/33_published.ipynb #cee4d5d7
+# %% ../nbs/33_published.ipynb #5316d3f2
 def balance_groups(
     labels:pd.DataFrame, # By image
     share:float=math.nan, # Of slices with a bleed; NaN leaves it as it is
@@ -191,7 +191,7 @@ def balance_groups(
     groups = [labels[label].to_numpy(bool) for label in TYPES] if even else [bleeds]
     return [(group, share/len(groups)) for group in groups] + ([(~bleeds, 1 - share)] if share < 1 else [])
 
-# %% ../nbs/33_published.ipynb #2ba51fa7
+# %% ../nbs/33_published.ipynb #d46bb39f
 BALANCED = 'accuracy', 'error_rate', 'recall', 'precision', 'auroc', 'mse', 'log_loss'
 
 def _group_mean(x, group, draws):
@@ -218,7 +218,7 @@ def _at_balance(metric, p, t, cut, groups, draws):
     of_slices = dict(accuracy=called == t, error_rate=called != t, mse=(p - t)**2, log_loss=-np.where(t, np.log(clipped), np.log1p(-clipped)))
     return _total(groups, of_slices[metric]*1., draws)
 
-# %% ../nbs/33_published.ipynb #ba2bcf13
+# %% ../nbs/33_published.ipynb #938c94f7
 class _Measured(NamedTuple):
     "A figure before its interval"
     metric: str
@@ -231,12 +231,18 @@ def _draws(predictions, n, seed):
 
 _whole = 'accuracy_multi', 'weighted_log_loss'  # All patients count
 
+def _undefined(groups):
+    "Which slices the test lacks"
+    names = (*TYPES, 'none') if len(groups) >= len(TYPES) else ('any', 'none')
+    empty = [name for name, group in zip(names, groups) if not group.any()]
+    return f'not defined here: no slices of {", ".join(empty)}' if empty else 'not defined here'
+
 def _interval_of(measured, predictions, labels):
     "Estimate, low, high, note"
     kind = 'log_loss' if measured.metric == 'types_log_loss' else measured.metric
     estimate, se = measured.values[0], pd.Series(measured.values[1:]).std(ddof=0)
     nothing = dict(estimate=estimate, low=np.nan, high=np.nan)
-    if np.isnan(estimate) or np.isnan(se): return pd.Series(nothing | dict(note='not defined here'))
+    if np.isnan(estimate) or np.isnan(se): return pd.Series(nothing | dict(note=_undefined(measured.groups)))
     patients = predictions['PatientID']
     k = min(patients[group].nunique() for group in measured.groups)
     note = interval_note(patients.nunique(), patients[labels['any'].to_numpy(bool)].nunique(), k)
@@ -263,7 +269,7 @@ def at_balance(
     "A figure of `any` on a test of another balance, with its 95 % interval by patient; no slice is thrown away"
     return _interval_of(_measure_any(predictions, labels, metric, share, even, n, seed, threshold), predictions, labels)
 
-# %% ../nbs/33_published.ipynb #65c9e47c
+# %% ../nbs/33_published.ipynb #4cb772cd
 def _one_type(labels):
     "bool [n, 5]: slices of that type alone"
     t = labels[list(TYPES)].to_numpy(bool)
@@ -298,7 +304,7 @@ def types_confusion(
     counts = one.T @ np.eye(len(TYPES))[called]
     return each*_confusion(counts, TYPES).div(one.sum(0), axis=0)
 
-# %% ../nbs/33_published.ipynb #f31029ce
+# %% ../nbs/33_published.ipynb #7a76e466
 def plot_types_confusion(
     confusion:pd.DataFrame, # From `types_confusion`, or one of `CONFUSIONS`
     ax=None,
@@ -316,7 +322,7 @@ def plot_types_confusion(
     ax.set_title(f'top-1 accuracy {np.diag(shares).mean():.3f}', fontsize=10)
     return ax
 
-# %% ../nbs/33_published.ipynb #1cdb987b
+# %% ../nbs/33_published.ipynb #dd6c07c1
 def _by_seed(predictions): return predictions if isinstance(predictions, dict) else {0: predictions}
 
 def _own_test(recipe, predictions, labels, side='test'):
@@ -338,7 +344,7 @@ def _ours(figure, recipe, by_seed, labels, n, seed):
     measured = [_measure(figure, recipe, *one, n, seed) for one in tests]
     values = np.mean([m.values for m in measured], axis=0)
     ours, each = _interval_of(measured[0]._replace(values=values), *tests[0]), [m.values[0] for m in measured]
-    over = f'mean of {len(each)} seeds, {min(each):.3f} to {max(each):.3f}' if len(each) > 1 else ''
+    over = f'mean of {len(each)} seeds, {min(each):.3f} to {max(each):.3f}' if len(each) > 1 and not np.isnan(each).any() else ''
     ours['note'] = '; '.join(filter(None, [ours['note'], over]))
     return ours
 
@@ -379,7 +385,7 @@ def plot_by_types(
     ax.spines[['top', 'right']].set_visible(False)
     return ax
 
-# %% ../nbs/33_published.ipynb #607319b4
+# %% ../nbs/33_published.ipynb #85979e48
 BY_EPOCH = dict(train_accuracy='accuracy, training', top1='top-1, valid', recall='recall, valid', accuracy='accuracy, valid')
 
 def by_epoch(
@@ -423,7 +429,7 @@ def _at_an_epoch(recipe, metric):
     first = [f._replace(epoch='first') for f in figures_of(recipe) if f.metric == metric == 'recall' and 'first epoch' in f.flaw]
     return first + [f for f in figures_of(recipe) if f.metric == metric and (f.epoch or f.side == 'valid' and metric == 'top1')]
 
-# %% ../nbs/33_published.ipynb #4cab4351
+# %% ../nbs/33_published.ipynb #d7f3691b
 def _entropy(share): return -(share*np.log(share) + (1 - share)*np.log1p(-share))
 
 def chance(
@@ -440,7 +446,7 @@ def chance(
     if figure.metric == 'log_loss': return float(_entropy(share))
     return known.get(figure.metric, math.nan)
 
-# %% ../nbs/33_published.ipynb #dfc35300
+# %% ../nbs/33_published.ipynb #092b6910
 LEARNED = dict(petkov='1,440 slices of each type and of none', khandelwal='80 % of 194,082 slices, for types of those with a bleed',
                dibernardo='26,547 slices', pyligent="the challenge's training set", qiu='80 % of about 87,000 slices')
 _by_slice = 'its test was split by slice, ours by patient'
