@@ -46,6 +46,7 @@ from .published import *
 from .failures import *
 from .compare import *
 from .report import *
+from .cross_compare import *
 from .predict import *
 from .external import *
 from .evaluation import *

@@ -303,7 +303,7 @@ def _seeds(text):
     try: return [int(part) for part in str(text).split(',')]
     except ValueError as e: raise CliError(f"seeds '{text}': give whole numbers with commas, such as 0,1,2") from e
 
-@command('ich-compare run bright_pixels khandelwal_resnet18 khandelwal_resnet50', 'ich-compare run all --scale 0.05 --scratch', 'ich-compare run demo_resnet18 --set lr=1e-3        # added to the board', 'ich-compare run demo_resnet18 demo_alexnet --seeds 0,1,2')
+@command('ich-compare run bright_pixels khandelwal_resnet18 khandelwal_resnet50', 'ich-compare run all --scale 0.05 --scratch', 'ich-compare run demo_resnet18 --set lr=1e-3        # added to the board', 'ich-compare run demo_resnet18 demo_alexnet --seeds 0,1,2', 'ich-compare run demo_resnet18 --folds 5')
 def compare(
     run:str, # The run folder
     *recipes:str, # Names of recipes, or paths of TOML files; `all` is every recipe on the list but the demo's
@@ -312,6 +312,7 @@ def compare(
     scale:float=1., # Of every recipe's pixels, batches and epochs, for less time: 0.25 is a quarter of each
     scratch:bool=False, # From random weights, where ImageNet's cannot be fetched? Nothing is frozen then
     seeds:str='0', # Of weights and order, the same for all: one, or several as 0,1,2; a recipe's figures are the mean of its seeds
+    folds:int=0, # Cross-validation by patient: each patient tests once, in one of so many trainings a recipe and seed; 0 takes the run's split
     quiet:bool=False, # No progress bars, no summary
 ):
     "Train each recipe on the same split, add it to the leaderboard, and write one HTML report"
@@ -325,7 +326,10 @@ def compare(
     from ich_fastai.board import summary
     from ich_fastai.compare import compare as compare_recipes
     from ich_fastai.report import report
-    board = compare_recipes(folder, recipes, seeds=numbers, find=find)
+    if folds:
+        from ich_fastai.cross_compare import compare_folds
+        board, folder = compare_folds(folder, recipes, folds, numbers, find=find), folder.path/'folds'/str(folds)
+    else: board = compare_recipes(folder, recipes, seeds=numbers, find=find)
     if first_process(): say(*summary(board).splitlines(), f'report: {report(folder)}')
 
 # %% ../nbs/50_cli.ipynb #dc7b337d

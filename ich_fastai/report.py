@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WITH_CURVES', 'plot_training', 'on_any', 'chosen', 'findings', 'report']
 
-# %% ../nbs/36_report.ipynb #c66bd62b
+# %% ../nbs/36_report.ipynb #d6072a30
 from datetime import date
 from pathlib import Path
 from typing import NamedTuple
@@ -31,7 +31,7 @@ from .board import draws_of, interval_text, luck_of_first, pairs, plot_board, ra
 from .failures import extreme_slices, worst_slices
 from .compare import model_result, read_board, read_judged
 
-# %% ../nbs/36_report.ipynb #d9b3acd8
+# %% ../nbs/36_report.ipynb #18edda73
 def _plot_lr(ax, folder):
     found = pd.read_csv(folder/'lr_find.csv')
     suggested = found.suggested.iloc[0]
@@ -73,7 +73,7 @@ def plot_training(
         ax.spines[['top', 'right']].set_visible(False); ax.tick_params(labelsize=8)
     return axs
 
-# %% ../nbs/36_report.ipynb #ee784f3b
+# %% ../nbs/36_report.ipynb #ca3d6a46
 class _Known(NamedTuple):
     "What the page is made of"
     run:Run
@@ -144,7 +144,7 @@ def findings(
     notes = [f'{note[0].upper()}{note[1:]}.' for note in sorted({x for x in rows.note.fillna('') if x})]
     return [_best_sentence(best), *_call_sentence(best), *_floor_sentence(best, len(rows) == 1), *_luck_sentence(board, judged), *notes]
 
-# %% ../nbs/36_report.ipynb #d96702e8
+# %% ../nbs/36_report.ipynb #fe57175d
 def _weights(known):
     "How the networks' weights started"
     rows = on_any(known.board)
@@ -157,8 +157,10 @@ def _first_seed(row): return int(str(row.seeds).split(',')[0])
 
 def _asked(known):
     "The question, and the patients"
+    patients, folds = known.split['PatientID'], known.run.facts.get('folds')
+    if folds: return (f'Asked: does a slice of a head CT show a bleed, and of which type? {len(on_any(known.board))} recipes were judged on all {patients.nunique():,} patients in {folds} folds, each patient by models that had not seen them. '
+                      f'Data: {source_kind(known.run)}. Written {date.today():%d %B %Y} with ich_fastai.')
     trained = known.split['split'].eq('train')
-    patients = known.split['PatientID']
     return (f'Asked: does a slice of a head CT show a bleed, and of which type? {len(on_any(known.board))} recipes learned from {trained.sum():,} slices of {patients[trained].nunique():,} patients and were judged on the '
             f'{patients[known.split["split"] == "test"].nunique():,} test patients, none of whom is in training or validation. Data: {source_kind(known.run)}. Written {date.today():%d %B %Y} with ich_fastai.')
 
@@ -168,7 +170,7 @@ def _top(known):
     return Header(P('Research use, not a medical device', cls='use'), H1('Bleeding on head CT: ', Span(f'{len(on_any(known.board))} recipes compared')), *banners(known.run),
                   P(_asked(known)), P(_weights(known)), *[P(s, cls='lead') for s in findings(known.board, known.judged)], P(_intervals, cls='note'))
 
-# %% ../nbs/36_report.ipynb #7692de9b
+# %% ../nbs/36_report.ipynb #537a74cd
 def _figures(rows, columns, caption='', about=('slices',)):
     "A table of the board's `rows`: recipe, what it is `about`, and `columns` (header to the board's column) with their intervals"
     def one(r):
@@ -284,7 +286,7 @@ def _how_good(known):
     return Section(H2('How good, and how sure'), chart, *_any_tables(known.board), P(_note, cls='note'), _pairs_table(known.board, known.judged), decisions, lost, *_published(known),
                    Details(Summary('Each recipe on its own task'), *_own_tables(known.board)))
 
-# %% ../nbs/36_report.ipynb #93f5f929
+# %% ../nbs/36_report.ipynb #1486f1fb
 def _on_test(known, model, kept=False): return of_kind(model.recipe, *of_split(model.predictions, known.labels, 'test', kept))
 
 def _groups(known, best):
@@ -324,7 +326,7 @@ def _trusted(known, best):
               inline(plot_calibration(calibrated(p, line), t), 'Calibration after recalibration on the validation patients')]
     return Section(H2('Can it be trusted?'), _guards(known), _calibration_table(known, best), Div(*charts, cls='charts'))
 
-# %% ../nbs/36_report.ipynb #356084e7
+# %% ../nbs/36_report.ipynb #fb40c453
 def _cost_table(board):
     columns = dict(recipe='recipe', seeds='seeds', task='task', parameters='parameters', seconds='training seconds', images_per_second='images a second')
     rows = on_any(board).reindex(columns=list(columns)).rename(columns=columns)
@@ -377,11 +379,11 @@ def _again(known):
     machine = next((r['hardware'] for r in [*trained, run.facts] if r.get('hardware')), {})
     source = source_kind(run) if is_phantom(run) else f'{source_kind(run)}, whose folder is not shown here'
     facts = {'source': source, **(run.facts.get('coverage') or {}), 'label rows merged': run.facts.get('label_rows_merged', ''), **machine, **versions}
-    return Section(H2('How to make it again'), Pre(_commands(rows)), table([{'what': k.replace('_', ' '), 'value': str(v)} for k, v in facts.items() if v != ''], text=('what', 'value')))
+    return Section(H2('How to make it again'), Pre(_commands(rows, run.facts.get('folds'))), table([{'what': k.replace('_', ' '), 'value': str(v)} for k, v in facts.items() if v != ''], text=('what', 'value')))
 
-def _commands(rows):
+def _commands(rows, folds=None):
     "The comparisons, a line for each set of seeds"
-    lines = [f'ich-compare RUN {" ".join(of_it["recipe"])} --seeds {seeds.replace(", ", ",")}' for seeds, of_it in rows.groupby(rows['seeds'].astype(str), sort=True)]
+    lines = [f'ich-compare RUN {" ".join(of_it["recipe"])} --seeds {seeds.replace(", ", ",")}' + f' --folds {folds}'*bool(folds) for seeds, of_it in rows.groupby(rows['seeds'].astype(str), sort=True)]
     return '\n'.join(['ich-metadata SRC RUN --labels FILE', 'ich-clean RUN', *lines])
 
 def report(

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['AGES', 'THICKNESSES', 'VOLUMES', 'AREAS', 'MASK_COLUMNS', 'SIZES', 'named_ranges', 'slice_steps', 'slice_groups',
            'volume_ranges', 'study_groups', 'open_mask', 'keep_masks', 'kept_masks', 'bleed_sizes', 'judge_groups',
-           'judge_sizes', 'plot_groups']
+           'judge_sizes', 'judge_subgroups', 'plot_groups']
 
-# %% ../nbs/31b_subgroups.ipynb #4a99ef55
+# %% ../nbs/31b_subgroups.ipynb #9ff28b55
 import os, re
 from pathlib import Path
 
@@ -20,9 +20,11 @@ from fastcore.script import CliError
 from .core import LABELS, TYPES, Run, pick, without_suffix
 from .series import _plain_head, in_use, series_facts
 from .explore import PLAIN, _column, _header_name, _numbers
-from .intervals import intervals
+from .operating import operating_points
+from .study import StudyRule, by_study
+from .intervals import intervals, of_split
 
-# %% ../nbs/31b_subgroups.ipynb #b9801414
+# %% ../nbs/31b_subgroups.ipynb #c86ee4e3
 def named_ranges(
     values:pd.Series, # Numbers, NaN where not known
     edges, # Where the next range begins, ascending
@@ -30,16 +32,17 @@ def named_ranges(
 )->pd.Series: # 'below 2 mm', '2 to 4 mm', '4 mm and more', 'unknown'
     "The range that each number lies in, as text"
     middle = [f'{low:g} to {high:g} {unit}' for low, high in zip(edges, edges[1:])]
-    names = np.array([f'below {edges[0]:g} {unit}', *middle, f'{edges[-1]:g} {unit} and more', 'unknown'], object)
+    ends = f'below {edges[0]:g} {unit}', f'{edges[-1]:g} {unit} and more'
+    names = np.array([ends[0], *middle, ends[1], 'unknown'], object)
     at = np.searchsorted(edges, values.to_numpy(np.float64), 'right')
     return pd.Series(names[np.where(values.isna(), len(names) - 1, at)], values.index)
 
-# %% ../nbs/31b_subgroups.ipynb #564c730a
+# %% ../nbs/31b_subgroups.ipynb #2b6585c4
 def _gaps(z):
     "What each of a series' slices stands for, from their positions in mm"
     return np.abs(np.gradient(z.to_numpy())) if len(z) > 1 else np.full(len(z), np.nan)
 
-def _series(metadata): return [metadata[key].fillna('') for key in ('StudyInstanceUID', 'SeriesInstanceUID')]
+def _series(metadata): return [metadata[key].fillna('') for key in ('StudyInstanceUID', 'SeriesInstanceUID')]  # To group by
 
 def _in_mm(metadata):
     "Whether `z` is a position; in series without positions it is the InstanceNumber"
@@ -54,7 +57,7 @@ def slice_steps(
     steps = metadata['z'].groupby(_series(metadata)).transform(_gaps).astype(np.float64)
     return steps.where(_in_mm(metadata) & (steps > 0)).fillna(_numbers(metadata, 'SliceThickness'))
 
-# %% ../nbs/31b_subgroups.ipynb #12c6d4c9
+# %% ../nbs/31b_subgroups.ipynb #69b82d79
 _years = dict(D=1/365.25, W=7/365.25, M=1/12, Y=1)
 
 def _age(text):
@@ -72,8 +75,9 @@ def _thirds(metadata):
 
 def _once_each(rows, name):
     "What a function gives for the rows of a frame, called with those that differ"
-    kinds = rows.drop_duplicates()
-    return pd.Series(np.asarray(name(kinds), object)[rows.groupby(list(rows), dropna=False, sort=False).ngroup()], rows.index)
+    kinds = rows.groupby(list(rows), dropna=False, sort=False).ngroup()
+    names = np.asarray(name(rows.drop_duplicates()), object)
+    return pd.Series(names[kinds], rows.index)
 
 def _contrast_of(texts):
     given, plain = series_facts(texts)['contrast'], texts['SeriesDescription'].map(_plain_head).notna()
@@ -83,7 +87,7 @@ def _contrast(metadata):
     texts = {key: _column(metadata, key).fillna('').astype(str) for key in ('ContrastBolusAgent', 'SeriesDescription')}
     return _once_each(pd.DataFrame(texts), _contrast_of)
 
-# %% ../nbs/31b_subgroups.ipynb #f2fd6687
+# %% ../nbs/31b_subgroups.ipynb #e6a7fcf5
 AGES = 18, 40, 65     # Years
 THICKNESSES = 2, 4    # mm: thin, 2.5 to 3, and the 5 mm that most heads are read at
 VOLUMES = 1, 5, 25    # ml of blood in a study; of RSNA's studies about a tenth lie below the first
@@ -103,10 +107,11 @@ def _header_groups(metadata):
 def slice_groups(
     metadata:pd.DataFrame, # By image
     volumes:pd.DataFrame=None, # ml by study, from `bleed_sizes`, for the column `bleed`
-)->pd.DataFrame: # Of slices in use, text: header, thickness, position, and of age, sex, contrast, bleed those that are known of any slice
+)->pd.DataFrame: # By image in use, text: header, position, thickness, and what is known of age, sex, contrast, bleed
     "The groups that each slice belongs to"
     frame = in_use(metadata)
-    groups = pd.DataFrame(dict(header=_header_groups(frame), position=_thirds(frame), thickness=named_ranges(_thickness(frame), THICKNESSES, 'mm')))
+    thickness = named_ranges(_thickness(frame), THICKNESSES, 'mm')
+    groups = pd.DataFrame(dict(header=_header_groups(frame), position=_thirds(frame), thickness=thickness))
     if 'PatientAge' in frame: groups['age'] = named_ranges(frame['PatientAge'].map(_age), AGES, 'years')
     if 'PatientSex' in frame: groups['sex'] = frame['PatientSex'].map(_sexes).fillna('unknown')
     contrast = _contrast(frame)
@@ -120,7 +125,7 @@ def volume_ranges(
     "How much blood there is, as text"
     return named_ranges(ml, VOLUMES, 'ml').where(ml != 0, 'no bleed')
 
-# %% ../nbs/31b_subgroups.ipynb #db15fc8c
+# %% ../nbs/31b_subgroups.ipynb #c33225c0
 def study_groups(
     groups:pd.DataFrame, # By image, from `slice_groups`
     studies:pd.Series, # StudyInstanceUID by image
@@ -129,7 +134,7 @@ def study_groups(
     by = groups.drop(columns='position', errors='ignore').groupby(studies.loc[groups.index])
     return by.first().where(by.nunique() == 1, 'several')
 
-# %% ../nbs/31b_subgroups.ipynb #7fdd806c
+# %% ../nbs/31b_subgroups.ipynb #5b8e229a
 MASK_COLUMNS = (*LABELS, 'mask', 'row')  # Areas in mm²; path of the file; row in an npz, -1 of an image
 
 def open_mask(
@@ -143,7 +148,8 @@ def open_mask(
 def _open_truth(path):
     "(masks [n, rows, columns], images) of an npz"
     with np.load(path, allow_pickle=False) as truth:
-        if tuple(truth['types']) != TYPES: raise CliError(f'{path} has other types: give masks whose bits are {", ".join(TYPES)}')
+        other = tuple(truth['types']) != TYPES
+        if other: raise CliError(f'{path} has other types: give masks whose bits are {", ".join(TYPES)}')
         return truth['mask'], truth['images']
 
 def _areas_of(masks):
@@ -161,9 +167,10 @@ def _image_row(path, image, labels):
     mask = open_mask(path)
     area, types = np.count_nonzero(mask), [name for name in TYPES if labels.loc[image, name]]
     by_type = dict.fromkeys(TYPES, 0.) | dict.fromkeys(types, float(area) if len(types) == 1 else np.nan)
-    return pd.DataFrame([by_type | dict(any=float(area), mask=str(path), row=-1, shape=mask.shape)], pd.Index([image], name='image'))
+    row = by_type | dict(any=float(area), mask=str(path), row=-1, shape=mask.shape)
+    return pd.DataFrame([row], pd.Index([image], name='image'))
 
-# %% ../nbs/31b_subgroups.ipynb #80474276
+# %% ../nbs/31b_subgroups.ipynb #fb62f81b
 def _mask_rows(source, labels):
     "Rows of all masks below a folder"
     paths = sorted(Path(source).rglob('*'))
@@ -174,13 +181,16 @@ def _mask_rows(source, labels):
 def _pixel_areas(metadata, spacing):
     "mm² of a pixel, by image"
     told = _numbers(metadata, 'PixelSpacing')*_numbers(metadata, 'PixelSpacing1')
-    if told.isna().any() and spacing is None: raise CliError('these headers have no PixelSpacing: give `spacing`, in mm from pixel to pixel')
-    return told if spacing is None else told.fillna(spacing**2)
+    if spacing is not None: return told.fillna(spacing**2)
+    if told.isna().any(): raise CliError('these headers have no PixelSpacing: give `spacing`, in mm from pixel to pixel')
+    return told
 
 def _check_shapes(rows, metadata):
     for image, shape in rows['shape'].items():
         wanted = tuple(metadata.loc[image, ['Rows', 'Columns']].astype(int))
-        if shape != wanted: raise CliError(f'the mask of {image} has {shape[0]} x {shape[1]} pixels and its image {wanted[0]} x {wanted[1]}: give masks of the whole image')
+        if shape == wanted: continue
+        sizes = [f'{rows} x {columns}' for rows, columns in (shape, wanted)]
+        raise CliError(f'the mask of {image} has {sizes[0]} pixels, its image {sizes[1]}: give masks of the whole image')
 
 def _all_labeled(rows, labels):
     "Rows of all labeled images: areas of 0 without a bleed, NaN for bleeds without a mask"
@@ -200,7 +210,8 @@ def keep_masks(
     found = _mask_rows(source, labels)
     rows = pd.concat(found) if found else pd.DataFrame(columns=[*MASK_COLUMNS, 'shape'])
     rows = rows[rows.index.isin(labels.index)]
-    if rows.empty: raise CliError(f'no mask in {source} of an image of {run.path}: give npz files as phantoms have in truth/, or an image named as each slice')
+    if rows.empty:
+        raise CliError(f'no mask in {source} of an image of {run.path}: give npz files as of phantoms, or images named as the slices')
     _check_shapes(rows, metadata)
     rows[list(LABELS)] = rows[list(LABELS)].mul(_pixel_areas(metadata.loc[rows.index], spacing), axis=0)
     frame = _all_labeled(rows, labels).loc[labels.index]
@@ -215,7 +226,7 @@ def kept_masks(
     if not run.has('masks'): raise CliError(f'no masks in {run.path}: keep those of a folder with `keep_masks(run, folder)`')
     return pd.read_parquet(run.file('masks'))
 
-# %% ../nbs/31b_subgroups.ipynb #da81a3d7
+# %% ../nbs/31b_subgroups.ipynb #e403cbc0
 def bleed_sizes(
     run, # A run folder with masks, from `keep_masks`
     thickness:float=None, # mm that a slice stands for, where neither positions nor headers say it
@@ -229,20 +240,24 @@ def bleed_sizes(
     ml = ml.where(areas != 0, 0.)  # No blood, however thick the slice
     return areas, ml.groupby(study).sum().mask(ml.isna().groupby(study).any())
 
-# %% ../nbs/31b_subgroups.ipynb #cf46ac44
+# %% ../nbs/31b_subgroups.ipynb #a019c21e
 _at_thresholds = dict(sensitivity='recall', specificity='specificity')
 _judgement = ['data', 'group', 'version', 'label', 'metric', 'estimate', 'low', 'high', 'note']
 
 def _rows_of(predictions, labels, metric, name, n, seed, threshold=.5):
     "A row a label"
-    return intervals(predictions, labels, metric, n, seed, threshold).rename_axis('label').reset_index().assign(metric=name)
+    found = intervals(predictions, labels, metric, n, seed, threshold)
+    return found.rename_axis('label').reset_index().assign(metric=name)
 
 def _counts(predictions, labels):
     "How many rows and patients, in all and with each label"
     patients = predictions['PatientID']
-    def of(label): return dict(n=len(labels), patients=patients.nunique(), n_with=labels[label].sum(), patients_with=patients[labels[label]].nunique())
-    rows = pd.DataFrame([of(label) for label in labels], pd.Index(list(labels), name='label')).astype(np.float64)
-    return rows.reset_index().melt('label', var_name='metric', value_name='estimate').assign(note='')
+    with_label = {label: patients[labels[label]] for label in labels}
+    rows = pd.DataFrame(dict(
+        n=len(labels), patients=patients.nunique(),
+        n_with={label: len(some) for label, some in with_label.items()},
+        patients_with={label: some.nunique() for label, some in with_label.items()})).astype(np.float64)
+    return rows.rename_axis('label').reset_index().melt('label', var_name='metric', value_name='estimate').assign(note='')
 
 def _judged_rows(predictions, labels, thresholds, n, seed):
     at = [_rows_of(predictions, labels, metric, name, n, seed, thresholds) for name, metric in _at_thresholds.items()]
@@ -273,7 +288,7 @@ def judge_groups(
             parts.append(judged.assign(group=f'{column}: {value}'))
     return pd.concat(parts).assign(data=data, version='as trained')[_judgement].reset_index(drop=True)
 
-# %% ../nbs/31b_subgroups.ipynb #62c1993a
+# %% ../nbs/31b_subgroups.ipynb #ff2080fe
 SIZES = dict(area=(AREAS, 'mm²', 'kept slices'), volume=(VOLUMES, 'ml', 'studies'))  # Where ranges begin, unit, what the rows are
 
 def judge_sizes(
@@ -296,12 +311,43 @@ def judge_sizes(
             parts.append(pd.concat([_counts(*of_range), found]).assign(group=f'{of}: {value}'))
     return pd.concat(parts).assign(data=data, version='as trained')[_judgement].reset_index(drop=True)
 
-# %% ../nbs/31b_subgroups.ipynb #d7a8c6dd
+# %% ../nbs/31b_subgroups.ipynb #84d7ce71
+def _sides(predictions, labels, rule):
+    "For slices and for studies: (what they are, (valid, truth), (test, truth))"
+    sides = 'valid', 'test'
+    yield 'kept slices', *(of_split(predictions, labels, side, kept=True) for side in sides)
+    yield 'studies', *(by_study(*of_split(predictions, labels, side), rule) for side in sides)
+
+def judge_subgroups(
+    run, # The run folder
+    predictions:pd.DataFrame, # From `run_recipe`
+    rule:StudyRule=StudyRule(), # The bundle's
+    specificity:float=.9, # To be kept on valid
+    n:int=1000, seed:int=0, # Resamples of the patients
+    thickness:float=None, # As for `bleed_sizes`
+)->pd.DataFrame: # As from `judge_groups`
+    "Where a model fails, by all groups that a run's headers and masks tell"
+    run = Run(run)
+    metadata, labels = run.read('metadata'), run.read('labels')
+    areas, volumes = bleed_sizes(run, thickness) if run.has('masks') else (None, None)
+    of_slices, parts = slice_groups(metadata, volumes), []
+    groups = {'kept slices': of_slices, 'studies': study_groups(of_slices, metadata['StudyInstanceUID'])}
+    sizes = {'kept slices': ('area', areas), 'studies': ('volume', volumes)}
+    for data, valid, test in _sides(predictions, labels, rule):
+        cuts = operating_points(*valid, specificity=specificity).threshold
+        parts.append(judge_groups(*test, groups[data], cuts, n, seed, data))
+        of, by_label = sizes[data]
+        if by_label is not None: parts.append(judge_sizes(*test, by_label, cuts, of, n, seed).query("group != ''"))
+    return pd.concat(parts, ignore_index=True)
+
+# %% ../nbs/31b_subgroups.ipynb #8dd2d142
 def _plotted(judged, metric, label):
     "Rows to be drawn, with how many patients stand behind each"
-    chosen = judged[(judged['metric'] == metric) & (judged['label'] == label)].set_index('group')
-    counts = judged[(judged['metric'] == ('patients' if metric == 'specificity' else 'patients_with')) & (judged['label'] == label)].set_index('group')
-    return chosen.assign(behind=counts['estimate'])[lambda f: f['estimate'].notna()]
+    of_label = judged[judged['label'] == label].set_index('group')
+    counted = 'patients' if metric == 'specificity' else 'patients_with'
+    rows = of_label[of_label['metric'] == metric]
+    behind = of_label['estimate'][of_label['metric'] == counted]
+    return rows.assign(behind=behind)[rows['estimate'].notna()]
 
 def _draw_rows(ax, rows):
     at = np.arange(len(rows))
@@ -330,13 +376,14 @@ def plot_groups(
     pick(label, LABELS, 'label')
     shown = _plotted(judged, metric, label)
     rows = shown.drop(index='', errors='ignore')
-    if rows.empty: raise CliError(f'no group has a {metric} of {label}: give groups with enough slices, or another metric')
+    if rows.empty: raise CliError(f'no group has a figure for {metric} of {label}: give groups with enough slices, or another metric')
     ax = ax or plt.subplots(figsize=(6, .9 + .26*len(rows)), layout='constrained')[1]
     _draw_rows(ax, rows)
     _separate(ax, rows.index)
     if '' in shown.index: ax.axvline(shown.loc['', 'estimate'], color='.5', lw=1, ls=':')
     behind = 'patients' if metric == 'specificity' else 'patients with the label'
-    ax.set_title(f"{'AUROC' if metric == 'auroc' else metric.capitalize()} of {label}, {judged['data'].iloc[0]} ({behind})", fontsize=9, loc='left')
+    name = 'AUROC' if metric == 'auroc' else metric.capitalize()
+    ax.set_title(f"{name} of {label}, {judged['data'].iloc[0]} ({behind})", fontsize=9, loc='left')
     ax.tick_params(axis='x', labelsize=8)
     ax.spines[['top', 'right']].set_visible(False)
     return ax
