@@ -7,7 +7,7 @@ __all__ = ['EIGHT', 'RATES', 'read_masks', 'grad_cam', 'heatmaps', 'widened', 'h
            'heat_box', 'box_iou', 'hot', 'dice', 'find_marks', 'lesions_of', 'froc', 'froc_at', 'mean_by_patient',
            'judge_heatmaps', 'plot_heatmap', 'plot_froc']
 
-# %% ../nbs/31c_localization.ipynb #16a4ff41
+# %% ../nbs/31c_localization.ipynb #57f4a4a5
 import numpy as np
 import pandas as pd
 import matplotlib.pyplot as plt
@@ -25,7 +25,7 @@ from .bundle import Bundle, load_bundle
 from .intervals import FEWEST, difference_interval, patient_weights
 from .subgroups import _open_truth, kept_masks, open_mask
 
-# %% ../nbs/31c_localization.ipynb #434db932
+# %% ../nbs/31c_localization.ipynb #e4db1967
 def _stored_mask(mask, box, size):
     "bool [size, size] of a mask, cropped and resized as its image in the store"
     return resize(crop(mask, box) > 0, size) >= .5
@@ -50,13 +50,14 @@ def read_masks(
 )->np.ndarray: # bool [n, size, size], in the order of `images`; False everywhere for a slice without a mask
     "Masks of a label, as the images of the store lie"
     run, rows = Run(run), kept_masks(run).loc[images]
-    boxes, masks = run.read('index', columns=['top', 'left', 'side']), np.zeros((len(rows), size, size), bool)
-    place = {image: i for i, image in enumerate(rows.index)}
+    boxes = run.read('index', columns=['top', 'left', 'side'])
+    masks = np.zeros((len(rows), size, size), bool)
     for image, mask in _masks_of(rows):
-        masks[place[image]] = _stored_mask(_of_label(mask, pick(label, LABELS, 'label'), rows.loc[image, label]), tuple(boxes.loc[image]), size)
+        of_label = _of_label(mask, pick(label, LABELS, 'label'), rows.loc[image, label])
+        masks[rows.index.get_loc(image)] = _stored_mask(of_label, tuple(boxes.loc[image]), size)
     return masks
 
-# %% ../nbs/31c_localization.ipynb #481f49f1
+# %% ../nbs/31c_localization.ipynb #ccd65a15
 def _weighted(maps, gradients):
     "[n, h, w] of feature maps and gradients [n, c, h, w]"
     weights = gradients.mean((2, 3), keepdim=True)
@@ -87,13 +88,16 @@ def _layer(body, number):
     return parts[number]
 
 def _output_of(recipe, label):
-    if label not in recipe.labels: raise CliError(f"'{recipe.name}' does not predict {label}: give one of {', '.join(recipe.labels)}")
+    there = ', '.join(recipe.labels)
+    if label not in recipe.labels: raise CliError(f"'{recipe.name}' does not predict {label}: give one of {there}")
     return recipe.labels.index(label) - len(recipe.labels)  # From the end: a softmax may have 'none' before
 
 def _check_cnn(bundle):
     recipe = bundle.recipe
-    if recipe.kind != 'cnn': raise CliError(f"'{recipe.name}' is a {recipe.kind} and has no feature maps of its own: give a CNN, such as one of its parts")
-    if recipe.arch in ('simple_nn', 'deep_cnn'): raise CliError(f'{recipe.arch} ends in a dense layer, which has no places: give a network that pools feature maps')
+    if recipe.kind != 'cnn':
+        raise CliError(f"'{recipe.name}' is a {recipe.kind} and has no feature maps of its own: give a CNN, such as one of its parts")
+    if recipe.arch in ('simple_nn', 'deep_cnn'):
+        raise CliError(f'{recipe.arch} ends in a dense layer, which has no places: give a network that pools feature maps')
 
 def heatmaps(
     bundle, # Of a CNN, or its folder
@@ -109,12 +113,14 @@ def heatmaps(
     _check_cnn(bundle)
     recipe, model, store = bundle.recipe, bundle.model, Store(run.images)
     at, part = _output_of(recipe, label), _layer(model[0], layer)
-    dl = make_loader(open_pictures(run, recipe, store), recipe, bundle.bins, store.index.index.get_indexer(images), bundle.size, bs)
+    positions = store.index.index.get_indexer(images)
+    if (positions < 0).any(): raise CliError(f'{(positions < 0).sum()} of these images are not in {store.path}: give images of its index')
+    dl = make_loader(open_pictures(run, recipe, store), recipe, bundle.bins, positions, bundle.size, bs)
     model.to(dl.device).eval()
     with full_precision(model): coarse = torch.cat([grad_cam(model, part, x, at).cpu() for x, _ in dl])
     return F.interpolate(coarse[:, None], (size, size), mode='bilinear')[:, 0].numpy()
 
-# %% ../nbs/31c_localization.ipynb #2ce75dc5
+# %% ../nbs/31c_localization.ipynb #ecf6d0d2
 EIGHT = np.ones((3, 3), bool)  # Pixels that touch at a corner belong together
 
 def widened(
@@ -148,7 +154,7 @@ def chance_of_pointing(
     "How often a pixel drawn by chance lies in the mask"
     return np.array([widened(mask, tolerance).mean() for mask in masks])
 
-# %% ../nbs/31c_localization.ipynb #60a20ea9
+# %% ../nbs/31c_localization.ipynb #9cf0f775
 def heat_box(
     heatmap:np.ndarray, # [h, w]; a mask will do
     share:float=.5, # Of the maximum, from which on a pixel is hot
@@ -166,11 +172,12 @@ def box_iou(
     "Intersection of two boxes over their union"
     a, b = np.asarray(first), np.asarray(second)
     def area(box): return np.clip(box[:, 2] - box[:, 0], 0, None)*np.clip(box[:, 3] - box[:, 1], 0, None)
-    both = area(np.concatenate([np.maximum(a[:, :2], b[:, :2]), np.minimum(a[:, 2:], b[:, 2:])], axis=1))
+    inner = np.maximum(a[:, :2], b[:, :2]), np.minimum(a[:, 2:], b[:, 2:])
+    both = area(np.concatenate(inner, axis=1))
     either = area(a) + area(b) - both
     return np.divide(both, either, out=np.zeros(len(a)), where=either > 0)
 
-# %% ../nbs/31c_localization.ipynb #d5af2c39
+# %% ../nbs/31c_localization.ipynb #5d169ad1
 def hot(heatmaps, share=.5): # bool [n, h, w]
     "Where heatmaps reach a share of their maxima"
     top = heatmaps.max((1, 2), keepdims=True)
@@ -186,7 +193,7 @@ def dice(
     both, sizes = (regions & masks).sum((1, 2)), regions.sum((1, 2)) + masks.sum((1, 2))
     return np.divide(2*both, sizes, out=np.full(len(masks), np.nan), where=sizes > 0)
 
-# %% ../nbs/31c_localization.ipynb #2a04d5cd
+# %% ../nbs/31c_localization.ipynb #a3d228ef
 def find_marks(
     heatmaps:np.ndarray, # [n, h, w]
     scores:np.ndarray, # [n] Probability of each slice
@@ -198,7 +205,8 @@ def find_marks(
         parts, n = ndimage.label(region, EIGHT)
         peaks = [hottest(np.where(parts == j, heat, -1)) for j in range(1, n + 1)]
         rows += [(i, y, x, score*heat[y, x]/heat.max()) for y, x in peaks]
-    return pd.DataFrame(rows, columns=['slice', 'row', 'column', 'score']).astype(dict(slice=int, row=int, column=int, score=float))
+    kinds = dict(slice=int, row=int, column=int, score=float)
+    return pd.DataFrame(rows, columns=list(kinds)).astype(kinds)
 
 def lesions_of(
     mask:np.ndarray, # bool [h, w]
@@ -238,7 +246,7 @@ def froc_at(
     "The highest sensitivity with at most so many false marks a slice"
     return pd.Series({rate: curve['sensitivity'][curve['false_positives'] <= rate].max() for rate in rates})
 
-# %% ../nbs/31c_localization.ipynb #4289e79c
+# %% ../nbs/31c_localization.ipynb #a7dc80f8
 _columns = ['data', 'group', 'version', 'label', 'metric', 'estimate', 'low', 'high', 'note']
 
 def mean_by_patient(
@@ -270,14 +278,16 @@ def judge_heatmaps(
     with_blood = masks.any((1, 2))
     if not with_blood.any(): raise CliError(f'no slice has a mask of {label}: give slices with a bleed, and keep their masks')
     h, m, who = heatmaps[with_blood], masks[with_blood], np.asarray(patients)[with_blood]
+    boxes = [heat_box(one, share) for one in h], [heat_box(one) for one in m]
     of_slices = dict(pointing=points_at(h, m, tolerance), pointing_chance=chance_of_pointing(m, tolerance),
-                     box_iou=box_iou([heat_box(one, share) for one in h], [heat_box(one) for one in m]), dice=dice(h, m, share))
+                     box_iou=box_iou(*boxes), dice=dice(h, m, share))
     rows = [dict(metric=name, **mean_by_patient(values, who, n, seed)) for name, values in of_slices.items()]
     curve = froc_at(froc(find_marks(heatmaps, scores, share), masks, tolerance))
-    rows += [dict(metric=f'froc_{rate:g}', estimate=value, low=np.nan, high=np.nan, note='no interval') for rate, value in curve.items()]
+    empty = dict(low=np.nan, high=np.nan, note='no interval')
+    rows += [dict(metric=f'froc_{rate:g}', estimate=value, **empty) for rate, value in curve.items()]
     return pd.DataFrame(rows).assign(data=data, group='', version='as trained', label=label)[_columns]
 
-# %% ../nbs/31c_localization.ipynb #d978eaf8
+# %% ../nbs/31c_localization.ipynb #d76076ca
 def plot_heatmap(
     image:np.ndarray, # HU [size, size]
     heatmap:np.ndarray, # [h, w]
@@ -287,12 +297,14 @@ def plot_heatmap(
     ax=None,
 ):
     "A slice with its heatmap and box, and the outline of the mask"
-    ax, extent = ax or plt.subplots(figsize=(2.4, 2.6), layout='constrained')[1], (0, heatmap.shape[1], heatmap.shape[0], 0)
+    ax = ax or plt.subplots(figsize=(2.4, 2.6), layout='constrained')[1]
+    extent = (0, heatmap.shape[1], heatmap.shape[0], 0)
     ax.imshow(image, cmap='gray', vmin=0, vmax=80, extent=extent)
     ax.imshow(heatmap, cmap='inferno', alpha=.45*(heatmap/max(heatmap.max(), 1e-9)), extent=extent)
     top, left, bottom, right = heat_box(heatmap, share)
     ax.add_patch(plt.Rectangle((left, top), right - left, bottom - top, fill=False, ec='#E69F00', lw=1.2))
-    if mask is not None and mask.any(): ax.contour(np.arange(mask.shape[1]) + .5, np.arange(mask.shape[0]) + .5, mask, [.5], colors='#56B4E9', linewidths=1)
+    middles = [np.arange(n) + .5 for n in heatmap.shape[::-1]]
+    if mask is not None and mask.any(): ax.contour(*middles, mask, [.5], colors='#56B4E9', linewidths=1)
     ax.set_axis_off()
     ax.set_title(title, fontsize=8)
     return ax
