@@ -8,7 +8,7 @@ __all__ = ['PATIENTS', 'SLICES', 'FACTS', 'STATISTICS', 'SOFT', 'FEWEST_PIXELS',
            'Reference', 'reference', 'save_reference', 'load_reference', 'shift_verdict', 'shift', 'shift_findings',
            'plot_shift']
 
-# %% ../nbs/25b_shift.ipynb #897afd1a
+# %% ../nbs/25b_shift.ipynb #238b2201
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +28,7 @@ from .gray import windows_of
 from .data import Data, make_loader, read_at
 from .models import full_precision
 
-# %% ../nbs/25b_shift.ipynb #31af890e
+# %% ../nbs/25b_shift.ipynb #06556cea
 PATIENTS, SLICES = 100, 10  # Patients of each side that a reference looks at, and slices of a study
 
 def _evenly(positions, n):
@@ -49,7 +49,7 @@ def _some_patients(index, rows, seed):
     drawn = first.sample(min(PATIENTS, len(first)), random_state=seed)
     return rows & index['StudyInstanceUID'].isin(drawn).to_numpy()
 
-# %% ../nbs/25b_shift.ipynb #2ea64a57
+# %% ../nbs/25b_shift.ipynb #cbddf2b4
 FACTS = 'pixels', 'thickness', 'spacing', 'kernel'
 _header_columns = ['StudyInstanceUID', 'SeriesInstanceUID', 'PatientID', 'use', 'BitsStored', 'PixelRepresentation', 'hu_intercept', 'hu_repair',
                    'gray', 'SliceThickness', 'z', 'ImagePositionPatient', 'PixelSpacing', 'ConvolutionKernel']
@@ -72,21 +72,21 @@ def _gaps(frame):
 
 def _pixels(row):
     if isinstance(row.gray, str): return f'8-bit images of the window {windows_of(row.gray)}'
-    if np.isnan(row.bits): return 'pixels not described'
+    if np.isnan(row.bits): return None
     repaired = ', repaired' if row.repair == 'wrapped' else ''
     return f'{row.bits:g} bits {"signed" if row.signed == 1 else "unsigned"}, intercept {row.intercept:g}{repaired}'
 
 def _thickness(mm):
-    if not mm > 0: return 'thickness not known'
+    if not mm > 0: return None
     return f'slices of {2.5*np.round(mm/2.5):g} mm' if mm > 1.25 else 'slices under 1.25 mm'
 
-def _spacing(mm): return f'pixels of {2**np.round(np.log2(mm)):g} mm' if mm > 0 else 'spacing not known'
+def _spacing(mm): return f'pixels of {2**np.round(np.log2(mm)):g} mm' if mm > 0 else None
 
-def _kernel(text): return f'kernel {printable(text, 16)}' if isinstance(text, str) and text.strip() else 'no kernel'
+def _kernel(text): return f'kernel {printable(text, 16)}' if isinstance(text, str) and text.strip() else None
 
 def header_facts(
     metadata:pd.DataFrame, # By image, in the order of the head
-)->pd.DataFrame: # By StudyInstanceUID: a text for each of `FACTS`
+)->pd.DataFrame: # By StudyInstanceUID: a text for each of `FACTS`, None where the header does not tell
     "What the headers say of each study's slices in use"
     used = in_use(metadata)
     columns = dict(bits='BitsStored', signed='PixelRepresentation', intercept='hu_intercept', mm='SliceThickness', spacing='PixelSpacing')
@@ -99,7 +99,7 @@ def header_facts(
             for row in first.itertuples()]
     return pd.DataFrame(rows, first.index.rename('StudyInstanceUID'), list(FACTS))
 
-# %% ../nbs/25b_shift.ipynb #daf68e2c
+# %% ../nbs/25b_shift.ipynb #b8e1a39c
 STATISTICS = dict(  # What a difference of it must be to count at all, where all training patients are alike
     brain=.5,     # HU, the median of soft tissue
     contrast=.5,  # HU between its quartiles
@@ -139,7 +139,7 @@ def hu_statistics(
     "What can be measured of slices without knowing what they show"
     return pd.DataFrame([_measured(one) for one in hu], columns=list(STATISTICS))
 
-# %% ../nbs/25b_shift.ipynb #9b75d3ba
+# %% ../nbs/25b_shift.ipynb #3f878237
 DIRECTIONS = 32  # Of their own variance; a tenth of the slices where there are fewer
 
 class Gaussian(NamedTuple):
@@ -184,7 +184,7 @@ def embeddings(
     loader = make_loader(store, bundle.recipe, bundle.bins, positions, bundle.size, bs)
     with full_precision(model): return torch.cat([model.features(x, 'dense').cpu() for x, _ in loader]).numpy()
 
-# %% ../nbs/25b_shift.ipynb #57529508
+# %% ../nbs/25b_shift.ipynb #2032c28b
 class Reference(NamedTuple):
     "What a bundle keeps of training and validation patients"
     facts:dict # Plain values: headers, hu, embedding (None where it is not known)
@@ -248,7 +248,7 @@ def reference(
     distances = _embedding_by_study(bundle, data.store, at['valid'], gaussian, bs)
     return Reference(facts | dict(embedding=dict(distances=_plain(distances))), gaussian)
 
-# %% ../nbs/25b_shift.ipynb #7cb11dad
+# %% ../nbs/25b_shift.ipynb #16ec7f76
 ARRAYS = 'shift.safetensors'  # In a bundle's folder
 
 def save_reference(
@@ -269,7 +269,7 @@ def load_reference(
     try: return Reference(facts, Gaussian(**load_file(path)))
     except (SafetensorError, TypeError, OSError) as e: raise CliError(f'{path} is damaged: delete it, or train the model again') from e
 
-# %% ../nbs/25b_shift.ipynb #cfb34498
+# %% ../nbs/25b_shift.ipynb #d89360ad
 ALPHA = .05      # Of a warning where there is no difference, by headers, HU or embedding
 FEWEST_VALID = 3 # Validation patients, below which distances tell nothing
 
@@ -315,15 +315,16 @@ def shift_verdict(
     found['p'] = (found['p']*max(frame.attrs['parts'], 1)).clip(upper=1)  # The worst of several networks
     return found.assign(warns=found['p'] <= ALPHA/len(rows))
 
-# %% ../nbs/25b_shift.ipynb #a613d6da
+# %% ../nbs/25b_shift.ipynb #8e5d1104
 def _percentile(distances, valid): # 0..100, of validation patients who are less far; NaN stays
     less = 100*np.searchsorted(np.sort(valid), distances)/len(valid)
     return np.where(np.isnan(distances), np.nan, less)
 
 def _new_facts(facts, headers):
-    "By study, the values that no patient had, as a text"
-    new = pd.DataFrame({name: facts[name].where(~facts[name].isin(headers[name]), '') for name in FACTS})
-    return new.apply(lambda row: '; '.join(filter(None, row)), axis=1)
+    "By study, the values that no patient had, as a text; what a header does not tell is not new, and missing where it tells nothing"
+    new = pd.DataFrame({name: facts[name].where(facts[name].notna() & ~facts[name].isin(headers[name]), '') for name in FACTS})
+    texts = pd.Series(['; '.join(filter(None, row)) for row in new.to_numpy()], facts.index, dtype=object)
+    return texts.where(facts.notna().any(axis=1))
 
 def _far(frame, limits):
     "Whether a study is beyond a limit; missing where nothing is known of it"
@@ -378,7 +379,7 @@ def _nothing_known(bundle, index):
 
 def _lowest_p(frame): return shift_verdict(frame)['p'].fillna(1.).min()
 
-# %% ../nbs/25b_shift.ipynb #1b2cd778
+# %% ../nbs/25b_shift.ipynb #a9bdde6c
 _not_known = ('How far these scans are from those that the model learned from is not known: its bundle keeps nothing to compare them with. '
               'Train it again, or compare scanners, slice thickness and kernels by hand.')
 _differ = 'These scans differ from those that the model learned from: what it was measured at may not hold for them.'
@@ -418,7 +419,7 @@ def shift_findings(
     few = min([len(v) for v in frame.attrs['valid'].values()])
     return [_alike + (f', as far as {few} validation patients can tell.' if few < 100 else '.'), *said]
 
-# %% ../nbs/25b_shift.ipynb #66d8daa2
+# %% ../nbs/25b_shift.ipynb #8b9fe820
 def _logarithmic(axis):
     "A logarithmic axis with ticks at 1, 2 and 5, as plain numbers"
     from matplotlib.ticker import LogLocator, NullFormatter
