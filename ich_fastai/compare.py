@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['prevalence', 'read_board', 'read_judged', 'model_result', 'resolved', 'check_seeds', 'compare', 'compare_models']
 
-# %% ../nbs/35_compare.ipynb #cbaf6213
+# %% ../nbs/35_compare.ipynb #db9c1f81
 import hashlib, json
 from functools import partial
 
@@ -22,7 +22,7 @@ from .subgroups import judge_subgroups
 from .judge import judge_decisions, judge_own, judge_recipe, seeds_text, slices_text
 from .board import leaderboard, sort_board
 
-# %% ../nbs/35_compare.ipynb #202d385a
+# %% ../nbs/35_compare.ipynb #caa9d0b6
 def prevalence(
     recipe:Recipe, # Whose labels and training slices
     predictions:pd.DataFrame, # Whose rows
@@ -33,7 +33,7 @@ def prevalence(
     share = train.loc[subset(train, recipe.slices, recipe.min_types)].mean()
     return predictions.assign(**{l: share[l] if l in recipe.labels else np.nan for l in LABELS})
 
-# %% ../nbs/35_compare.ipynb #ba95980c
+# %% ../nbs/35_compare.ipynb #86ef1bd3
 _texts = dict.fromkeys(('error', 'note', 'slices', 'test_slices', 'seeds', 'study_rule'), '')
 
 def read_board(
@@ -72,7 +72,7 @@ def _made_of(run, n, name='', seeds=()):
     parts = [hashlib.blake2b(f.read_bytes()).digest() if f.exists() else b'' for f in files]
     return hashlib.blake2b(b''.join(parts) + repr((rules, n, _way)).encode(), digest_size=8).hexdigest()
 
-# %% ../nbs/35_compare.ipynb #814b71a9
+# %% ../nbs/35_compare.ipynb #5acceabc
 def _task(recipe): return f'{recipe.task} on {slices_text(recipe)} slices'
 
 def _judge(run, recipe, models, labels, n):
@@ -103,7 +103,7 @@ def _without(judged, rows):
 
 def _joined(judged, rows): return pd.concat([frame for frame in (_without(judged, rows), *rows) if len(frame)], ignore_index=True)
 
-# %% ../nbs/35_compare.ipynb #1047d63c
+# %% ../nbs/35_compare.ipynb #6ff2101a
 def _about(run, recipe, seeds):
     "What stands in each row of a recipe"
     results = [model_result(run, recipe.name, seed) for seed in seeds]
@@ -128,7 +128,7 @@ def _board(run, judged, compared, failed):
     board = sort_board(pd.concat([frame for frame in (boards, lost) if len(frame)], ignore_index=True))
     return board.assign(**{name: board[name].fillna('') if name in board else '' for name in _texts})
 
-# %% ../nbs/35_compare.ipynb #d14115c5
+# %% ../nbs/35_compare.ipynb #39a07271
 def resolved(
     recipes, # Names, `Recipe`s or TOML files
 )->list:
