@@ -188,7 +188,7 @@ def _judged_label(predictions, labels, metric, label, column, threshold, interva
     if np.isnan(estimate) or np.isnan(se): return dict(estimate=estimate, **empty, note='not defined here')
     n, with_label = frame.PatientID.nunique(), frame.PatientID[labels.get(label, labels.any(axis=1))].nunique()
     k = patients_behind(predictions, labels, metric, label, threshold) if label in labels else with_label
-    note = interval_note(n, with_label, k)
+    note = interval_note(n, k + n if metric == 'specificity' else with_label, k)  # Which rests on patients without the label
     low, high = (np.nan, np.nan) if note.startswith('no interval') else interval(metric, estimate, se*np.sqrt(k/(k - 1)), k, _degrees(metric, k))
     return dict(estimate=estimate, low=low, high=high, note=note)
 
