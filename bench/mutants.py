@@ -293,11 +293,11 @@ def in_fork(fn, folder):
     if code not in (0, 1): raise SystemExit(f'a fork ended with {code}')
     return bool(code)
 
-def from_their_cells(room, mutants, report, folder):
+def from_their_cells(room, mutants, report, folder, skip=()):
     "A chapter with its faults, each from its cell on; True where the chapter is sound"
     from nbdev.test import nb_test_cells
     path = ROOT/'nbs'/f'{room}.ipynb'
-    cells = [cell for cell in nb_test_cells(path, skip_flags=['slow', 'cuda']) if cell.cell_type == 'code']
+    cells = [cell for cell in nb_test_cells(path, skip_flags=['slow', 'cuda']) if cell.cell_type == 'code' and cell.idx_ not in skip]
     module, names = module_of(json.loads(path.read_text())), {'__name__': '__main__'}
     for i, cell in enumerate(cells):
         for mutant in mutants:
@@ -305,7 +305,7 @@ def from_their_cells(room, mutants, report, folder):
             start = perf_counter()
             noticed = in_fork(lambda: noticed_by(mutant, cells[i:], module, names), folder)
             report(mutant, not noticed, perf_counter() - start)
-            keep(mutant, noticed, 'from its cell')
+            keep(mutant, noticed, 'some cells' if skip else 'from its cell')
         if error := run_cell(cell, names):
             print(f'FAILS     {room} as it is, in cell {cell.idx_}: {error!r}', flush=True)
             return False
@@ -344,9 +344,9 @@ def write_results():
     "The page of results, from what was kept; gives its text"
     results = kept()
     known = [row for m in MUTANTS if (row := results.get((m.room, m.fault, m.wrong)))]
-    n_noticed, ways = sum(row['noticed'] == 'yes' for row in known), [sum(row['how'] == how for row in known) for how in ('whole chapter', 'from its cell')]
+    n_noticed, ways = sum(row['noticed'] == 'yes' for row in known), [sum(row['how'] == how for row in known) for how in ('whole chapter', 'from its cell', 'some cells')]
     note = f'{len(MUTANTS)} faults, {n_noticed} noticed, {len(known) - n_noticed} survive, {len(MUTANTS) - len(known)} not run'
-    ways = f"{ways[0]} were run with the whole chapter by `nbdev-test`, {ways[1]} from the fault's cell on (`--from-cell`); `mutants.csv` has the day and the way of each"
+    ways = f"{ways[0]} were run with the whole chapter by `nbdev-test`, {ways[1]} from the fault's cell on (`--from-cell`), {ways[2]} so with the slow lesson cells left out that have no part in it (`--skip`); `mutants.csv` has the day and the way of each"
     text = '\n\n'.join(['# Faults that the tests notice', *about('mutants', ('fastai', 'torch'), note), ways, markdown(by_room(results))])
     RESULTS.with_suffix('.md').write_text(text + '\n')
     return text
@@ -363,7 +363,7 @@ def whole_chapters(rooms, mutants, n_workers):
             for mutant, survives in zip(mutants, pool.map(lambda m: judged(trees, m, shown), mutants)): keep(mutant, not survives, 'whole chapter')
     return [room for room in rooms if not sound[room]]
 
-def from_cells(rooms, mutants):
+def from_cells(rooms, mutants, skip):
     "The chapters that fail without a fault"
     os.environ |= dict(IN_TEST='1', OMP_NUM_THREADS='1', MPLBACKEND='agg')  # A fork has no threads but its own
     sys.path.insert(0, str(ROOT))
@@ -371,7 +371,7 @@ def from_cells(rooms, mutants):
     with tempfile.TemporaryDirectory(prefix='mutants-') as folder, chdir(ROOT/'nbs'):
         os.environ['TMPDIR'] = tempfile.tempdir = f'{folder}/tmp'
         os.mkdir(tempfile.tempdir)
-        return [room for room in rooms if not from_their_cells(room, [m for m in mutants if m.room == room], shown, tempfile.tempdir)]
+        return [room for room in rooms if not from_their_cells(room, [m for m in mutants if m.room == room], shown, tempfile.tempdir, skip)]
 
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__)
@@ -379,6 +379,7 @@ if __name__=='__main__':
     p.add_argument('--fault', default='', help='faults that have this in their name')
     p.add_argument('--n-workers', type=int, default=2)
     p.add_argument('--from-cell', action='store_true', help='run a chapter once, and each fault from its cell on in a fork: several times as fast')
+    p.add_argument('--skip', default='', help='with --from-cell: numbers of lesson cells that no fault needs, by commas, to leave out')
     p.add_argument('--quick', action='store_true', help='the chapters of labels, loss and metrics alone; under two minutes')
     p.add_argument('--write', action='store_true', help='run nothing, write the page of results anew')
     p.add_argument('--json', action='store_true', help='one JSON object on the last line')
@@ -386,7 +387,7 @@ if __name__=='__main__':
     rooms = ['19_loss', '21_metrics', '21b_study'] if args.quick else [r for r in args.only.split(',') if r] or list(_faults)
     mutants = [m for m in MUTANTS if m.room in rooms and args.fault in m.fault and not args.write]
     for mutant in MUTANTS: planted((ROOT/module_of(json.loads((ROOT/'nbs'/f'{mutant.room}.ipynb').read_text()))).read_text(), mutant)  # Does each fit?
-    broken = [] if not mutants else from_cells(rooms, mutants) if args.from_cell else whole_chapters(rooms, mutants, args.n_workers)
+    broken = [] if not mutants else from_cells(rooms, mutants, [int(i) for i in args.skip.split(',') if i]) if args.from_cell else whole_chapters(rooms, mutants, args.n_workers)
     print(write_results())
     if broken: print(f'not judged, as they fail without a fault: {", ".join(broken)}')
     noticed = sum(kept().get((m.room, m.fault, m.wrong), {}).get('noticed') == 'yes' for m in mutants)
