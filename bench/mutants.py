@@ -150,6 +150,11 @@ _faults = {
         ('hist_bins(data.store, train, size=size)', 'hist_bins(data.store, np.arange(len(index)), size=size)', 'bins from all slices'),
         ('brain >= brain.mean() + above', 'brain >= brain.mean() - above', 'sign'),
         ("c.startswith(_ours) or 'UID' in c", "'UID' in c", 'pixels among the headers')],
+    '25_distributed': [
+        ('torch.stack(shares, dim=1).flatten(0, 1)[:n]', 'torch.cat(shares)[:n]', 'rows in the order of the processes'),
+        ('layer.running_var.lerp_(var*count/(count - 1), layer.momentum)', 'layer.running_var.lerp_(var, layer.momentum)', 'variance of a population'),
+        ('(var + layer.eps).rsqrt()', '(var + 1e-3).rsqrt()', 'eps ignored'),
+        ('return x*kept[batch.mine]/(1 - layer.p)', 'return x*kept[batch.mine]', 'dropout does not scale')],
     '25_sequence': [
         ('np.flatnonzero(np.diff(codes)) + 1)', 'np.flatnonzero(np.diff(codes)))', 'series off by a slice'),
         ('at = lengths[:, None] - 1 - t', 'at = lengths[:, None] - 2 - t', 'reversed off by one'),
