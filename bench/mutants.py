@@ -318,6 +318,9 @@ def from_their_cells(room, mutants, report, folder, skip=()):
 
 # What is kept between runs
 
+WAYS = {'whole chapter': 'were run with the whole chapter by `nbdev-test`', 'from its cell': "were run from the fault's cell on (`--from-cell`)",
+        'some cells': "were run so with the slow lesson cells left out that have no part in it (`--skip`)", 'earlier': 'were noticed by the whole chapter in an earlier run that kept no list'}
+
 def kept(): # (chapter, fault, the wrong code) to what it came to
     if not RESULTS.exists(): return {}
     with open(RESULTS, newline='') as f: return {(row['chapter'], row['fault'], row['wrong']): row for row in csv.DictReader(f)}
@@ -349,9 +352,9 @@ def write_results():
     "The page of results, from what was kept; gives its text"
     results = kept()
     known = [row for m in MUTANTS if (row := results.get((m.room, m.fault, m.wrong)))]
-    n_noticed, ways = sum(row['noticed'] == 'yes' for row in known), [sum(row['how'] == how for row in known) for how in ('whole chapter', 'from its cell', 'some cells')]
+    n_noticed = sum(row['noticed'] == 'yes' for row in known)
     note = f'{len(MUTANTS)} faults, {n_noticed} noticed, {len(known) - n_noticed} survive, {len(MUTANTS) - len(known)} not run'
-    ways = f"{ways[0]} were run with the whole chapter by `nbdev-test`, {ways[1]} from the fault's cell on (`--from-cell`), {ways[2]} so with the slow lesson cells left out that have no part in it (`--skip`); `mutants.csv` has the day and the way of each"
+    ways = '; '.join(f'{n} {told}' for how, told in WAYS.items() if (n := sum(row['how'] == how for row in known))) + '. `mutants.csv` has the day and the way of each.'
     text = '\n\n'.join(['# Faults that the tests notice', *about('mutants', ('fastai', 'torch'), note), ways, markdown(by_room(results))])
     RESULTS.with_suffix('.md').write_text(text + '\n')
     return text
