@@ -1,14 +1,18 @@
 "One-line faults put into the library: does the chapter's own test notice each of them?"
-import argparse, json, os, shutil, subprocess, sys, tempfile
+import argparse, csv, inspect, json, os, shutil, signal, subprocess, sys, tempfile
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import chdir, redirect_stderr, redirect_stdout
+from datetime import date
 from pathlib import Path
 from queue import Queue
 from time import perf_counter
+from types import FunctionType, ModuleType
 from typing import NamedTuple
 
 from sides import about
 
 ROOT = Path(__file__).parent.parent
+RESULTS = ROOT/'bench'/'results'/'mutants.csv'  # What each fault came to, when it was last run; a rerun of some chapters updates their rows
 LIMIT = 1500  # Seconds for a chapter; a fault that makes it run longer is noticed
 
 class Mutant(NamedTuple):
@@ -55,8 +59,22 @@ _faults = {
         ('> .05*WINDOWS', '> .5*WINDOWS', 'a smaller head'),
         ('out[y0-top:y0-top+part.shape[0]', 'out[0:part.shape[0]', 'the crop is moved'),
         ("for row, out in zip(rows, into): out[:] = pictures[row]", "for row, out in zip(sorted(rows), into): out[:] = pictures[row]", 'rows in another order')],
+    '14_explore': [
+        ("np.divide(both, np.diag(both)[:, None]", "np.divide(both, np.diag(both)[None]", 'share of the column for that of the row'),
+        ('patients=by.PatientID.nunique()', 'patients=by.StudyInstanceUID.nunique()', 'studies for patients'),
+        ('below.loc[both][labels.loc[both, l]]', 'below.loc[both][labels.loc[both, l].shift(fill_value=False)]', 'labels shifted by a slice'),
+        ("by.sort_values(['bleeds', 'slices'], kind='stable').index[-1]", "by.sort_values(['bleeds', 'slices'], kind='stable').index[0]", 'the study with the fewest bleeds'),
+        ('(i % columns + .04)*size, (i//columns', '((i + 1) % columns + .04)*size, (i//columns', 'names beside their slice'),
+        ('order[max(0, at - n):at + n]', 'order[max(0, at - n + 1):at + n + 1]', 'off by one at the threshold'),
+        ('(left - .5, top - .5)', '(top - .5, left - .5)', 'axes exchanged'),
+        ("step['max'] > 1.5*step['median']", "step['max'] > 1.5*step['min']", 'gaps against the smallest step')],
+    '15_page': [
+        ("labels['any'].reindex(images, fill_value=False)", "labels['any'].reindex(images[::-1], fill_value=False).to_numpy()", 'labels in another order'),
+        ('[PHANTOM_BANNER]*is_phantom(run)', '[]', 'phantoms without a word'),
+        ('images[len(images)//2]', 'images[0]', 'the first slice for the middle one')],
     '16_intake': [
         ('split = split_patients(labels, frame, seed=seed, **dict(shares))', 'split = split_patients(labels, frame, **dict(shares))', 'seed ignored'),
+        ('seed=seed, **dict(shares))', 'seed=seed)', 'shares ignored'),
         ('clean_images(frame, run.images, size, min_brain=min_brain, **options)', 'clean_images(frame, run.images, size, **options)', 'min_brain ignored'),
         ('refuse(labels=labels, split=split)', 'None', 'models are voided without a word')],
     '19_loss': [
@@ -125,22 +143,32 @@ _faults = {
         ('self.since >= self.patience', 'self.since > self.patience', 'an epoch more of patience'),
         ('stage.bs, seed, stage.number)\n        set_seed', 'stage.bs, seed, 0)\n        set_seed', 'the same order in each stage')],
     '24_baselines': [
+        ('RandomForestClassifier(200, min_samples_leaf=5, n_jobs=1, random_state=seed)', 'RandomForestClassifier(200, min_samples_leaf=5, n_jobs=1, random_state=0)', 'seed ignored'),
         ('images[_training(data, recipe, seed)], features', 'images[data.labelled], features', 'learns from test'),
         ("index=index.index).add_prefix('pc')", "index=index.index[::-1]).add_prefix('pc')", 'rows of components shuffled'),
         ('chunks = _chunks(train, bs)', 'chunks = _chunks(np.arange(len(index)), bs)', 'components from all slices'),
         ('hist_bins(data.store, train, size=size)', 'hist_bins(data.store, np.arange(len(index)), size=size)', 'bins from all slices'),
         ('brain >= brain.mean() + above', 'brain >= brain.mean() - above', 'sign'),
         ("c.startswith(_ours) or 'UID' in c", "'UID' in c", 'pixels among the headers')],
+    '25_distributed': [
+        ('torch.stack(shares, dim=1).flatten(0, 1)[:n]', 'torch.cat(shares)[:n]', 'rows in the order of the processes'),
+        ('layer.running_var.lerp_(var*count/(count - 1), layer.momentum)', 'layer.running_var.lerp_(var, layer.momentum)', 'variance of a population'),
+        ('(var + layer.eps).rsqrt()', '(var + 1e-3).rsqrt()', 'eps ignored'),
+        ('return x*kept[batch.mine]/(1 - layer.p)', 'return x*kept[batch.mine]', 'dropout does not scale')],
     '25_sequence': [
         ('np.flatnonzero(np.diff(codes)) + 1)', 'np.flatnonzero(np.diff(codes)))', 'series off by a slice'),
         ('at = lengths[:, None] - 1 - t', 'at = lengths[:, None] - 2 - t', 'reversed off by one'),
         ('    dls.positions = train\n', '    dls.positions = np.concatenate([train, valid])\n', 'standardized by valid too'),
         ("for side in ('train', 'valid'))", "for side in ('train', 'test'))", 'validates on test'),
-        ('((x - self.mean)/self.std).nan_to_num(0.)*real[..., None]', '((x - self.mean)/self.std).nan_to_num(0.)', 'padding is no longer zero')],
+        ('src_key_padding_mask=~real', 'src_key_padding_mask=None', 'attention looks at the padding'),
+        ('std = np.sqrt((squares/np.maximum(n, 1) - mean**2)', 'std = np.sqrt((squares/np.maximum(n, 1))', 'deviation from zero')],
     '26_bundle': [
         ('return model.eval()', 'return model.train()', 'dropout in prediction'),
+        ('for i in range(len(recipe.parts)))', 'for i in reversed(range(len(recipe.parts))))', 'parts in another order'),
+        ("self.extra.get('min_brain', MIN_BRAIN)", 'MIN_BRAIN', 'min_brain ignored'),
         ('labels=recipe.labels, size=size', 'labels=recipe.labels, size=recipe.sizes[0]', 'another size')],
     '27_run': [
+        ("valid = predictions[predictions['split'] == 'valid']", "valid = predictions[predictions['split'] == 'test']", 'rule and thresholds from test'),
         ("types.mul(binary['any'], axis=0)", 'types', 'no chain rule'),
         ('np.nansum(said, 0)/np.maximum(n, 1)', 'np.nansum(said, 0)/len(members)', 'silent members count'),
         ('model.standardize(features, dls.positions)', 'model.standardize(features, data.labelled)', 'standardized by all slices'),
@@ -163,6 +191,7 @@ _faults = {
         ("    kw = dict(n=n, seed=seed, threshold=recipe.threshold)", "    kw = dict(n=n, seed=seed)", "the recipe's threshold ignored"),
         ("_score=-score)", "_score=score)", 'the worst comes first')],
     '40_predict': [
+        ("kept=metadata['use'] & enough", "kept=metadata['use']", 'slices without brain count for a study'),
         ("return predict(bundle.model, bundle.recipe, series_loader(features, series_of(index", "return predict(bundle.model, bundle.recipe, series_loader(features, series_of(index[::-1]", 'series in another order'),
         ('make_loader(store, bundle.recipe, bundle.bins, np.arange(len(store.index)), bundle.size, bs)', 'make_loader(store, bundle.recipe, bundle.bins, np.arange(len(store.index)), max(store.sizes), bs)', 'another size than in training'),
         ('read_study(src, bundle.extra.get(\'store_size\', bundle.size)', 'read_study(src, bundle.size', 'images made another way than in training')],
@@ -216,41 +245,160 @@ def shown(mutant, passed, seconds):
     verdict = ('SURVIVES' if passed else 'noticed') if isinstance(mutant, Mutant) else ('passes' if passed else 'FAILS')
     print(f'{verdict:9} {what} ({seconds:.0f} s)', flush=True)
 
-def by_room(mutants, survive):
+# Faster: a chapter runs once, and each fault from its cell on, in a fork of the chapter's process
+
+def run_cell(cell, names):
+    "The exception that a cell raises, or None"
+    signal.alarm(LIMIT)
+    try:
+        with open(os.devnull, 'w') as null, redirect_stdout(null), redirect_stderr(null):
+            exec(compile(cell.source, f'cell {cell.idx_}', 'exec'), names)
+    except BaseException as e: return e
+    finally: signal.alarm(0)
+
+def too_long(*_): raise TimeoutError(f'over {LIMIT} s')
+
+def functions_of(module):
+    "The functions of a module and the methods of its classes, by their names"
+    own = {key: thing for key, thing in vars(module).items() if getattr(thing, '__module__', '') == module.__name__}
+    methods = {(key, name): f for key, thing in own.items() if isinstance(thing, type) for name, f in vars(thing).items()}
+    plain = {key: inspect.unwrap(getattr(f, 'fget', None) or f) for key, f in (own | methods).items()}
+    return {key: f for key, f in plain.items() if isinstance(f, FunctionType)}
+
+def plant_imported(mutant, module):
+    "Give the functions of a module that is imported already the fault"
+    name = module.removesuffix('.py').replace('/', '.')
+    if name not in sys.modules: return
+    faulty = ModuleType(name)
+    exec(compile(planted((ROOT/module).read_text(), mutant), module, 'exec'), vars(faulty))
+    wrong = functions_of(faulty)
+    for key, f in functions_of(sys.modules[name]).items():
+        if key in wrong and f.__code__.co_freevars == wrong[key].__code__.co_freevars: f.__code__, f.__defaults__ = wrong[key].__code__, wrong[key].__defaults__
+
+def noticed_by(mutant, cells, module, names):
+    "Whether the cells from the fault's on notice it"
+    cells[0].source = cells[0].source.replace(mutant.right, mutant.wrong)
+    try: plant_imported(mutant, module)
+    except Exception: return True
+    for cell in cells:
+        if error := run_cell(cell, names):
+            print(f'          in cell {cell.idx_}, {type(error).__name__}: {" ".join(str(error).split())[:100]}', flush=True)
+            return True
+    return False
+
+def in_fork(fn, folder):
+    "What `fn` says, in a process of its own; what it does to the temporary files is undone"
+    shutil.copytree(folder, f'{folder}-kept')
+    if (pid := os.fork()) == 0:
+        code = 2  # It broke down
+        try: code = int(fn())
+        finally: os._exit(code)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    shutil.rmtree(folder)
+    os.rename(f'{folder}-kept', folder)
+    if code not in (0, 1): raise SystemExit(f'a fork ended with {code}')
+    return bool(code)
+
+def from_their_cells(room, mutants, report, folder, skip=()):
+    "A chapter with its faults, each from its cell on; True where the chapter is sound"
+    from nbdev.test import nb_test_cells
+    path = ROOT/'nbs'/f'{room}.ipynb'
+    cells = [cell for cell in nb_test_cells(path, skip_flags=['slow', 'cuda']) if cell.cell_type == 'code' and cell.idx_ not in skip]
+    module, names = module_of(json.loads(path.read_text())), {'__name__': '__main__'}
+    for i, cell in enumerate(cells):
+        for mutant in mutants:
+            if not cell.source.startswith('#| export') or mutant.right not in cell.source: continue
+            start = perf_counter()
+            noticed = in_fork(lambda: noticed_by(mutant, cells[i:], module, names), folder)
+            report(mutant, not noticed, perf_counter() - start)
+            keep(mutant, noticed, 'some cells' if skip else 'from its cell')
+        if error := run_cell(cell, names):
+            print(f'FAILS     {room} as it is, in cell {cell.idx_}: {error!r}', flush=True)
+            return False
+    return True
+
+# What is kept between runs
+
+WAYS = {'whole chapter': 'were run with the whole chapter by `nbdev-test`', 'from its cell': "were run from the fault's cell on (`--from-cell`)",
+        'some cells': "were run so with the slow lesson cells left out that have no part in it (`--skip`)", 'earlier': 'were noticed by the whole chapter in an earlier run that kept no list'}
+
+def kept(): # (chapter, fault, the wrong code) to what it came to
+    if not RESULTS.exists(): return {}
+    with open(RESULTS, newline='') as f: return {(row['chapter'], row['fault'], row['wrong']): row for row in csv.DictReader(f)}
+
+def keep(mutant, noticed, how):
+    rows = kept()
+    rows[mutant.room, mutant.fault, mutant.wrong] = dict(chapter=mutant.room, fault=mutant.fault, wrong=mutant.wrong, noticed=['no', 'yes'][noticed], how=how, date=str(date.today()))
+    there = [rows[m.room, m.fault, m.wrong] for m in MUTANTS if (m.room, m.fault, m.wrong) in rows]
+    with open(RESULTS, 'w', newline='') as f:
+        out = csv.DictWriter(f, there[0], lineterminator='\n')
+        out.writeheader()
+        out.writerows(there)
+
+def listed(mutants): return '; '.join(f'{m.fault}: `{m.wrong.strip().splitlines()[0]}`' for m in mutants).replace('|', r'\|')
+
+def by_room(results):
     rows = []
-    for room in dict.fromkeys(m.room for m in mutants):
-        own = [(m, s) for m, s in zip(mutants, survive) if m.room == room]
-        left = '; '.join(f'{m.fault}: `{m.wrong.strip().splitlines()[0]}`' for m, s in own if s)
-        rows.append((room, str(len(own)), str(sum(not s for _, s in own)), left))
+    for room in _faults:
+        own = [(m, results.get((m.room, m.fault, m.wrong), {}).get('noticed')) for m in MUTANTS if m.room == room]
+        count = [sum(noticed == what for _, noticed in own) for what in ('yes', 'no')]
+        rows.append((room, str(len(own)), *map(str, count), listed(m for m, noticed in own if noticed == 'no'), '; '.join(m.fault for m, noticed in own if noticed is None)))
     return rows
 
 def markdown(rows):
-    return '\n'.join('| ' + ' | '.join(row) + ' |' for row in [('chapter', 'faults', 'noticed', 'survive'), ['---']*4, *rows])
+    head = 'chapter', 'faults', 'noticed', 'survive', 'which survive', 'not run'
+    return '\n'.join('| ' + ' | '.join(row) + ' |' for row in [head, ['---']*len(head), *rows])
+
+def write_results():
+    "The page of results, from what was kept; gives its text"
+    results = kept()
+    known = [row for m in MUTANTS if (row := results.get((m.room, m.fault, m.wrong)))]
+    n_noticed = sum(row['noticed'] == 'yes' for row in known)
+    note = f'{len(MUTANTS)} faults, {n_noticed} noticed, {len(known) - n_noticed} survive, {len(MUTANTS) - len(known)} not run'
+    ways = '; '.join(f'{n} {told}' for how, told in WAYS.items() if (n := sum(row['how'] == how for row in known))) + '. `mutants.csv` has the day and the way of each.'
+    text = '\n\n'.join(['# Faults that the tests notice', *about('mutants', ('fastai', 'torch'), note), ways, markdown(by_room(results))])
+    RESULTS.with_suffix('.md').write_text(text + '\n')
+    return text
+
+def whole_chapters(rooms, mutants, n_workers):
+    "Each fault with the whole of its chapter, in copies of the tree; the chapters that fail without one"
+    with tempfile.TemporaryDirectory(prefix='mutants-') as folder:
+        trees = Queue()
+        for i in range(n_workers):
+            trees.put(shutil.copytree(ROOT, Path(folder)/str(i), ignore=shutil.ignore_patterns('.git', '_proc', '_docs', '__pycache__')))
+        with ThreadPoolExecutor(n_workers) as pool:
+            sound = dict(zip(rooms, pool.map(lambda room: judged(trees, room, shown), rooms)))  # Else each fault would be noticed
+            mutants = [m for m in mutants if sound[m.room]]
+            for mutant, survives in zip(mutants, pool.map(lambda m: judged(trees, m, shown), mutants)): keep(mutant, not survives, 'whole chapter')
+    return [room for room in rooms if not sound[room]]
+
+def from_cells(rooms, mutants, skip):
+    "The chapters that fail without a fault"
+    os.environ |= dict(IN_TEST='1', OMP_NUM_THREADS='1', MPLBACKEND='agg')  # A fork has no threads but its own
+    sys.path.insert(0, str(ROOT))
+    signal.signal(signal.SIGALRM, too_long)
+    with tempfile.TemporaryDirectory(prefix='mutants-') as folder, chdir(ROOT/'nbs'):
+        os.environ['TMPDIR'] = tempfile.tempdir = f'{folder}/tmp'
+        os.mkdir(tempfile.tempdir)
+        return [room for room in rooms if not from_their_cells(room, [m for m in mutants if m.room == room], shown, tempfile.tempdir, skip)]
 
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument('--only', default='', help='chapters, by commas')
+    p.add_argument('--fault', default='', help='faults that have this in their name')
     p.add_argument('--n-workers', type=int, default=2)
+    p.add_argument('--from-cell', action='store_true', help='run a chapter once, and each fault from its cell on in a fork: several times as fast')
+    p.add_argument('--skip', default='', help='with --from-cell: numbers of lesson cells that no fault needs, by commas, to leave out')
     p.add_argument('--quick', action='store_true', help='the chapters of labels, loss and metrics alone; under two minutes')
+    p.add_argument('--write', action='store_true', help='run nothing, write the page of results anew')
     p.add_argument('--json', action='store_true', help='one JSON object on the last line')
     args = p.parse_args()
     rooms = ['19_loss', '21_metrics', '21b_study'] if args.quick else [r for r in args.only.split(',') if r] or list(_faults)
-    mutants = [m for m in MUTANTS if m.room in rooms]
-    with tempfile.TemporaryDirectory(prefix='mutants-') as folder:
-        trees = Queue()
-        for i in range(args.n_workers):
-            trees.put(shutil.copytree(ROOT, Path(folder)/str(i), ignore=shutil.ignore_patterns('.git', '_proc', '_docs', '__pycache__')))
-        tree = trees.queue[0]
-        for mutant in mutants:  # Before anything is run: does each fit?
-            for path, text in plant(tree, mutant).items(): path.write_text(text)
-        with ThreadPoolExecutor(args.n_workers) as pool:
-            sound = dict(zip(rooms, pool.map(lambda room: judged(trees, room, shown), rooms)))  # Else each fault would be noticed
-            mutants = [m for m in mutants if sound[m.room]]
-            survive = list(pool.map(lambda m: judged(trees, m, shown), mutants))
-    broken = [room for room in rooms if not sound[room]]
-    note = f'{len(mutants)} faults, {survive.count(False)} noticed' + (f'; not judged, as they fail without a fault: {", ".join(broken)}' if broken else '')
-    text = '\n\n'.join(['# Faults that the tests notice', *about('mutants', ('fastai', 'torch'), note), markdown(by_room(mutants, survive))])
-    print(text)
-    if not (args.quick or args.only): (ROOT/'bench'/'results'/'mutants.md').write_text(text + '\n')
-    if args.json: print(json.dumps(dict(faults=len(mutants), noticed=survive.count(False), broken=len(broken))))
+    mutants = [m for m in MUTANTS if m.room in rooms and args.fault in m.fault and not args.write]
+    for mutant in MUTANTS: planted((ROOT/module_of(json.loads((ROOT/'nbs'/f'{mutant.room}.ipynb').read_text()))).read_text(), mutant)  # Does each fit?
+    broken = [] if not mutants else from_cells(rooms, mutants, [int(i) for i in args.skip.split(',') if i]) if args.from_cell else whole_chapters(rooms, mutants, args.n_workers)
+    print(write_results())
+    if broken: print(f'not judged, as they fail without a fault: {", ".join(broken)}')
+    noticed = sum(kept().get((m.room, m.fault, m.wrong), {}).get('noticed') == 'yes' for m in mutants)
+    if args.json: print(json.dumps(dict(faults=len(mutants), noticed=noticed, broken=len(broken))))
     sys.exit(bool(broken))
