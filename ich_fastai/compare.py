@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['prevalence', 'read_board', 'read_judged', 'model_result', 'resolved', 'check_seeds', 'compare', 'compare_models']
 
-# %% ../nbs/35_compare.ipynb #db9c1f81
+# %% ../nbs/35_compare.ipynb #eb26abb8
 import hashlib, json
 from functools import partial
 
@@ -22,7 +22,7 @@ from .subgroups import judge_subgroups
 from .judge import judge_decisions, judge_own, judge_recipe, seeds_text, slices_text
 from .board import leaderboard, sort_board
 
-# %% ../nbs/35_compare.ipynb #caa9d0b6
+# %% ../nbs/35_compare.ipynb #d4217090
 def prevalence(
     recipe:Recipe, # Whose labels and training slices
     predictions:pd.DataFrame, # Whose rows
@@ -33,7 +33,7 @@ def prevalence(
     share = train.loc[subset(train, recipe.slices, recipe.min_types)].mean()
     return predictions.assign(**{l: share[l] if l in recipe.labels else np.nan for l in LABELS})
 
-# %% ../nbs/35_compare.ipynb #86ef1bd3
+# %% ../nbs/35_compare.ipynb #99a4a92e
 _texts = dict.fromkeys(('error', 'note', 'slices', 'test_slices', 'seeds', 'study_rule'), '')
 
 def read_board(
@@ -72,16 +72,16 @@ def _made_of(run, n, name='', seeds=()):
     parts = [hashlib.blake2b(f.read_bytes()).digest() if f.exists() else b'' for f in files]
     return hashlib.blake2b(b''.join(parts) + repr((rules, n, _way)).encode(), digest_size=8).hexdigest()
 
-# %% ../nbs/35_compare.ipynb #5acceabc
+# %% ../nbs/35_compare.ipynb #a27596ae
 def _task(recipe): return f'{recipe.task} on {slices_text(recipe)} slices'
 
-def _judge(run, recipe, models, labels, n):
-    "The figures of a recipe and those of its reference"
+def _judge(run, recipe, models, labels, n, judged):
+    "The figures of a recipe, and those of its reference where they are not known"
     seeds = list(models)
     rules = {seed: StudyRule(**model_result(run, recipe.name, seed).get('study_rule', {})) for seed in seeds}
     parts = [judge_recipe(recipe, models, labels, rules, n), judge_decisions(models, labels, rules, n), _groups(run, models, rules, n)]
     own = pd.concat(parts, ignore_index=True).assign(recipe=recipe.name, task=_task(recipe), made_of=_made_of(run, n, recipe.name, seeds))
-    return [own, *_references(run, recipe, next(iter(models.values())), labels, n)]
+    return [own, *_references(run, recipe, next(iter(models.values())), labels, n, judged)]
 
 def _groups(run, models, rules, n):
     "Figures by scanner, thickness, position, age, sex, contrast and size of bleed, of the first seed's model"
@@ -89,12 +89,15 @@ def _groups(run, models, rules, n):
     rows = judge_subgroups(run, with_any(models[seed])[0], rules[seed], n=n)
     return rows[(rows['group'] != '') & rows['estimate'].notna()].assign(seeds=str(seed), point='specificity .90')
 
-def _references(run, recipe, predictions, labels, n):
-    "The prevalence's figures for `any`, and for the recipe's own task"
+def _references(run, recipe, predictions, labels, n, judged):
+    "The prevalence's figures for `any`, and for the recipe's own task, where they are not known"
     binary, names = Recipe('any', labels=('any',), negatives=0.), dict(recipe='prevalence', made_of=_made_of(run, n))
-    of_any = judge_recipe(binary, {0: prevalence(binary, predictions, labels)}, labels, n=n)
-    yield of_any[~of_any['data'].str.startswith('own')].assign(task='any', draws=None, **names)
-    yield judge_own(recipe, {0: prevalence(recipe, predictions, labels)}, labels, n).assign(task=_task(recipe), **names)
+    known = {*judged['task'][(judged['recipe'] == 'prevalence') & (judged['made_of'] == names['made_of'])]}
+    if 'any' not in known:
+        of_any = judge_recipe(binary, {0: prevalence(binary, predictions, labels)}, labels, n=n)
+        yield of_any[~of_any['data'].str.startswith('own')].assign(task='any', draws=None, **names)
+    if _task(recipe) not in known:
+        yield judge_own(recipe, {0: prevalence(recipe, predictions, labels)}, labels, n).assign(task=_task(recipe), **names)
 
 def _without(judged, rows):
     "What was judged before, without the figures of the same recipe and task"
@@ -103,7 +106,7 @@ def _without(judged, rows):
 
 def _joined(judged, rows): return pd.concat([frame for frame in (_without(judged, rows), *rows) if len(frame)], ignore_index=True)
 
-# %% ../nbs/35_compare.ipynb #6ff2101a
+# %% ../nbs/35_compare.ipynb #5c35a0a4
 def _about(run, recipe, seeds):
     "What stands in each row of a recipe"
     results = [model_result(run, recipe.name, seed) for seed in seeds]
@@ -128,7 +131,7 @@ def _board(run, judged, compared, failed):
     board = sort_board(pd.concat([frame for frame in (boards, lost) if len(frame)], ignore_index=True))
     return board.assign(**{name: board[name].fillna('') if name in board else '' for name in _texts})
 
-# %% ../nbs/35_compare.ipynb #39a07271
+# %% ../nbs/35_compare.ipynb #bfc08b98
 def resolved(
     recipes, # Names, `Recipe`s or TOML files
 )->list:
@@ -237,7 +240,7 @@ def _with(run, judged, recipe, models, labels, n):
     if not models: return others
     of_it = judged[(judged['recipe'] == recipe.name) & (judged['task'] == _task(recipe))]
     if len(of_it) and (of_it['made_of'] == _made_of(run, n, recipe.name, list(models))).all(): return judged
-    return _joined(others, _judge(run, recipe, models, labels, n))
+    return _joined(others, _judge(run, recipe, models, labels, n, judged))
 
 def _still_true(run, judged, now, labels, n, kept):
     "(what was judged, (recipe, seeds) by name) of all recipes but those of `now`; judged anew, or left out, where their mark does not hold"

@@ -6,7 +6,7 @@
 __all__ = ['RANKS', 'TOLD', 'CALLED', 'COLUMNS', 'Judged', 'seeds_text', 'judge_metric', 'judge_metrics', 'judge_calibration',
            'judge_rows', 'of_kind', 'slices_text', 'judge_own', 'judge_recipe', 'judge_decisions']
 
-# %% ../nbs/32_judge.ipynb #e02abaaa
+# %% ../nbs/32_judge.ipynb #5160f77c
 from typing import NamedTuple
 
 import numpy as np
@@ -21,7 +21,7 @@ from .operating import calibrated, calibration_error, calibration_line, operatin
 from .decisions import chosen_thresholds, decision_table
 from .intervals import judged_values, of_split, patients_behind, resampled, with_any
 
-# %% ../nbs/32_judge.ipynb #3be5fad5
+# %% ../nbs/32_judge.ipynb #5180f292
 class Judged(NamedTuple):
     "The rows of some figures, and what the mean of the seeds is on each resample"
     rows:pd.DataFrame   # label, metric, seeds, estimate, low, high, spread, note
@@ -52,7 +52,7 @@ def judge_metric(
         rows.append(_named(of_mean.assign(spread=spread), metric=name, seeds=seeds_text(models)))
     return Judged(pd.concat(rows, ignore_index=True), mean)
 
-# %% ../nbs/32_judge.ipynb #1aefb6dc
+# %% ../nbs/32_judge.ipynb #dc4f824d
 RANKS = dict(auroc='auroc', average_precision='average_precision') # Name in the frame to the metric
 TOLD = dict(log_loss='log_loss', brier='mse')
 CALLED = dict(sensitivity='recall', specificity='specificity', ppv='precision')
@@ -90,7 +90,7 @@ def judge_rows(
     parts = [judge_metrics(models, labels, RANKS | TOLD, n, seed), judge_metrics(models, labels, CALLED, n, seed, cuts), judge_calibration(models, labels)]
     return pd.concat(parts, ignore_index=True)
 
-# %% ../nbs/32_judge.ipynb #02bfa599
+# %% ../nbs/32_judge.ipynb #4901cb1e
 def of_kind(
     recipe:Recipe,
     predictions:pd.DataFrame, labels:pd.DataFrame, # Of one side of the split, from `of_split`
@@ -138,7 +138,7 @@ def _level(test, valid, n):
     then = pd.concat([judge_metrics(bent, test.labels, TOLD, n), judge_calibration(bent, test.labels)])
     return pd.concat([trained.assign(version='as trained'), then.assign(version='recalibrated')])
 
-# %% ../nbs/32_judge.ipynb #b2977aee
+# %% ../nbs/32_judge.ipynb #77a2df1d
 COLUMNS = ['data', 'group', 'point', 'version', 'label', 'metric', 'seeds', 'estimate', 'low', 'high', 'spread', 'note', 'patients', 'draws']
 _own = dict(auroc='auroc', recall='recall', precision='precision', mse='mse')
 _of_calls = dict(accuracy='accuracy', error_rate='error_rate', recall='recall', precision='precision')
@@ -166,7 +166,7 @@ def judge_own(
     rows = pd.concat([_own_task(recipe, models, labels, n, kept).assign(data=data) for data, kept in kinds.items()], ignore_index=True)
     return rows.assign(group='', point='', version='as trained', patients=np.nan, draws=None).reindex(columns=COLUMNS)
 
-# %% ../nbs/32_judge.ipynb #85c8239a
+# %% ../nbs/32_judge.ipynb #1b5c9c1e
 def _ranked(side, n):
     "The AUROC of `any`, with its resamples in the row of the recipe"
     rows, values = judge_metric(side.models, side.labels[['any']], 'auroc', n)
@@ -200,12 +200,14 @@ def judge_recipe(
     rows = rows.fillna(dict(version='as trained', group='', point='')).drop_duplicates(COLUMNS[:7], keep='last')
     return rows[rows['estimate'].notna() | (rows['note'] == 'not defined here')].reset_index(drop=True)
 
-# %% ../nbs/32_judge.ipynb #fc8f167a
+# %% ../nbs/32_judge.ipynb #dec24e36
+_prevalences = .1, .4 # Of bleeds, for the predictive values: a general ward's slices, and about RSNA's studies
+
 def _decided(test, valid, data, n):
     "The rows of each model of one side"
     for seed, p in test.models.items():
         cuts = chosen_thresholds(valid.models[seed], valid.labels)
-        yield decision_table(p, test.labels, cuts, n=n, data=data).assign(seeds=str(seed))
+        yield decision_table(p, test.labels, cuts, _prevalences, n, data=data).assign(seeds=str(seed))
 
 def judge_decisions(
     models:dict, labels:pd.DataFrame, rules:dict=None, n:int=1000, # As for `judge_recipe`
