@@ -1304,6 +1304,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'ich_fastai.report._luck_sentence': ('report.html#_luck_sentence', 'ich_fastai/report.py'),
                                    'ich_fastai.report._model': ('report.html#_model', 'ich_fastai/report.py'),
                                    'ich_fastai.report._on_test': ('report.html#_on_test', 'ich_fastai/report.py'),
+                                   'ich_fastai.report._own_auroc': ('report.html#_own_auroc', 'ich_fastai/report.py'),
                                    'ich_fastai.report._own_tables': ('report.html#_own_tables', 'ich_fastai/report.py'),
                                    'ich_fastai.report._pairs_table': ('report.html#_pairs_table', 'ich_fastai/report.py'),
                                    'ich_fastai.report._plot_epochs': ('report.html#_plot_epochs', 'ich_fastai/report.py'),

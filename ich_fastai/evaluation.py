@@ -89,9 +89,10 @@ def findings(
     off = f'In ten bins of equally many slices, its probabilities are {before:.3f} from the observed frequency on average as trained'
     return said + [f'{off}, {after:.3f} recalibrated.' if after != before else f'{off}; there are too few patients to recalibrate them.']
 
-def _charts(bundle, p, t, n):
+def _charts(bundle, p, t, judged):
     cuts = bundle.operating().threshold
-    yield plot_roc(p, t, cuts, n), 'ROC by slice; the dots are its own thresholds'
+    auroc = judged[(judged['data'] == 'kept slices') & (judged['version'] == 'as trained') & (judged['metric'] == 'auroc')].set_index('label')
+    yield plot_roc(p, t, cuts, figures=auroc), 'ROC by slice; the dots are its own thresholds'
     if cuts.notna().any(): yield plot_confusion(p, t, cuts), 'Confusion at its own thresholds'
 
 def _calibration_charts(p, t, n):
@@ -133,7 +134,7 @@ def evaluation_page(
     p, t = predictions[kept], labels[kept]
     cuts, store = bundle.operating().threshold.fillna(bundle.recipe.threshold), Store(run.images)
     tables = [_version_table(judged, data, version) for data in ('kept slices', 'studies') for version in ('as trained', 'recalibrated')]
-    good = Section(H2('How good, and how sure'), *tables, P(_note, cls='note'), _thresholds(bundle), Div(*[inline(*chart) for chart in _charts(bundle, p, t, n)], cls='charts'))
+    good = Section(H2('How good, and how sure'), *tables, P(_note, cls='note'), _thresholds(bundle), Div(*[inline(*chart) for chart in _charts(bundle, p, t, judged)], cls='charts'))
     fails = Section(H2('Where it fails'), H3('The twenty slices on which it is most wrong'), worst_slices(store, p, t), H3('Surest, right and wrong'), extreme_slices(store, p, t, cuts))
     trusted = Section(H2('Can it be trusted?'), *_shift_section(shifted), H3('Calibration'), Div(*[inline(*chart) for chart in _calibration_charts(p, t, n)], cls='charts'))
     return page(f'{bundle.recipe.name} on {of}', _head(bundle, run, predictions, labels, judged, shifted, of), good, fails, trusted, _about(bundle, run))

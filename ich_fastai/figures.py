@@ -43,15 +43,17 @@ def plot_roc(
     predictions:pd.DataFrame, labels:pd.DataFrame, # The same rows
     threshold=None, # Marked with a dot; a number, or one by label
     n:int=1000, # Resamples, for the intervals
+    figures:pd.DataFrame=None, # By label: estimate, low, high, where they were judged already
     ax=None,
 ):
     "ROC by label, AUROC with its 95 % interval by patient"
     from sklearn.metrics import roc_curve
     ax = ax or plt.subplots(figsize=(4.6, 4.2), layout='constrained')[1]
-    auc, cuts = intervals(predictions, labels, n=n), pd.Series(threshold, index=list(LABELS), dtype=float)
+    figures = intervals(predictions, labels, n=n) if figures is None else figures
+    cuts = pd.Series(threshold, index=list(LABELS), dtype=float)
     for label in _spoken(predictions, labels):
         p, t = predictions[label], labels[label]
-        ax.plot(*roc_curve(t, p)[:2], color=COLORS[label], lw=_width(label), label=_of_label(auc.loc[label]))
+        ax.plot(*roc_curve(t, p)[:2], color=COLORS[label], lw=_width(label), label=_of_label(figures.loc[label]))
         if pd.notna(cuts[label]):
             called = p > cuts[label]
             _dot(ax, called[~t].mean(), called[t].mean(), label)
@@ -66,16 +68,18 @@ def plot_precision_recall(
     predictions:pd.DataFrame, labels:pd.DataFrame, # The same rows
     threshold=None, # Marked with a dot; a number, or one by label
     n:int=1000, # Resamples, for the intervals
+    figures:pd.DataFrame=None, # By label: estimate, low, high, where they were judged already
     ax=None,
 ):
     "Precision against recall by label, average precision with its 95 % interval by patient, and the share with the label"
     from sklearn.metrics import precision_recall_curve
     ax = ax or plt.subplots(figsize=(7, 4.2), layout='constrained')[1]
-    judged, cuts = intervals(predictions, labels, 'average_precision', n=n), pd.Series(threshold, index=list(LABELS), dtype=float)
+    figures = intervals(predictions, labels, 'average_precision', n=n) if figures is None else figures
+    cuts = pd.Series(threshold, index=list(LABELS), dtype=float)
     for label in _spoken(predictions, labels):
         p, t = predictions[label], labels[label]
         precision, recall = precision_recall_curve(t, p)[:2]
-        ax.plot(recall, precision, color=COLORS[label], lw=_width(label), drawstyle='steps-post', label=_of_label(judged.loc[label]))
+        ax.plot(recall, precision, color=COLORS[label], lw=_width(label), drawstyle='steps-post', label=_of_label(figures.loc[label]))
         ax.axhline(t.mean(), color=COLORS[label], lw=.9, ls=':')
         called = p > cuts[label]
         if called.any(): _dot(ax, called[t].mean(), t[called].mean(), label)

@@ -124,6 +124,8 @@ details { margin: .8rem 0; border-top: 1px solid var(--line); }
 summary { cursor: pointer; font-weight: 600; padding: .5rem 0; overflow-wrap: anywhere; }
 footer { margin-top: 4rem; border-top: 1px solid var(--line); padding-top: 1rem; color: var(--soft); font-size: .88rem; }
 @media (max-width: 640px) {
+  figure:not(.slice) { overflow-x: auto; }
+  figure:not(.slice) img { max-width: none; }
   pre { columns: 1; }
   .groups { grid-template-columns: 1fr; }
   .row { flex-wrap: wrap; }

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WITH_CURVES', 'plot_training', 'on_any', 'chosen', 'findings', 'report']
 
-# %% ../nbs/36_report.ipynb #d6072a30
+# %% ../nbs/36_report.ipynb #7b353105
 from datetime import date
 from pathlib import Path
 from typing import NamedTuple
@@ -31,7 +31,7 @@ from .board import draws_of, interval_text, luck_of_first, pairs, plot_board, ra
 from .failures import extreme_slices, worst_slices
 from .compare import model_result, read_board, read_judged
 
-# %% ../nbs/36_report.ipynb #18edda73
+# %% ../nbs/36_report.ipynb #8d783886
 def _plot_lr(ax, folder):
     found = pd.read_csv(folder/'lr_find.csv')
     suggested = found.suggested.iloc[0]
@@ -73,7 +73,7 @@ def plot_training(
         ax.spines[['top', 'right']].set_visible(False); ax.tick_params(labelsize=8)
     return axs
 
-# %% ../nbs/36_report.ipynb #ca3d6a46
+# %% ../nbs/36_report.ipynb #57679a67
 class _Known(NamedTuple):
     "What the page is made of"
     run:Run
@@ -144,7 +144,7 @@ def findings(
     notes = [f'{note[0].upper()}{note[1:]}.' for note in sorted({x for x in rows.note.fillna('') if x})]
     return [_best_sentence(best), *_call_sentence(best), *_floor_sentence(best, len(rows) == 1), *_luck_sentence(board, judged), *notes]
 
-# %% ../nbs/36_report.ipynb #fe57175d
+# %% ../nbs/36_report.ipynb #84f19c08
 def _weights(known):
     "How the networks' weights started"
     rows = on_any(known.board)
@@ -170,7 +170,7 @@ def _top(known):
     return Header(P('Research use, not a medical device', cls='use'), H1('Bleeding on head CT: ', Span(f'{len(on_any(known.board))} recipes compared')), *banners(known.run),
                   P(_asked(known)), P(_weights(known)), *[P(s, cls='lead') for s in findings(known.board, known.judged)], P(_intervals, cls='note'))
 
-# %% ../nbs/36_report.ipynb #537a74cd
+# %% ../nbs/36_report.ipynb #349be978
 def _figures(rows, columns, caption='', about=('slices',)):
     "A table of the board's `rows`: recipe, what it is `about`, and `columns` (header to the board's column) with their intervals"
     def one(r):
@@ -238,13 +238,18 @@ class _Model(NamedTuple):
     folder:Path
     predictions:pd.DataFrame
     cuts:pd.Series # Thresholds by label, chosen on valid
+    auroc:pd.DataFrame # As it was judged on its own task, by label
 
 def _model(known, row):
     seed = _first_seed(row)
     folder = known.run.model(row.recipe, seed)
     recipe, predictions = read_recipe(folder/'recipe.toml'), pd.read_parquet(folder/'predictions.parquet')
     kept = known.store.index['kept'].reindex(predictions.index)
-    return _Model(recipe, folder, predictions.assign(kept=kept), _cuts(known.every, row.recipe, seed))
+    return _Model(recipe, folder, predictions.assign(kept=kept), _cuts(known.every, row.recipe, seed), _own_auroc(known.every, row.recipe, seed))
+
+def _own_auroc(judged, recipe, seed):
+    rows = judged[(judged['recipe'] == recipe) & (judged['seeds'] == str(seed)) & (judged['metric'] == 'auroc') & (judged['data'] == 'own slices')]
+    return rows.set_index('label')[['estimate', 'low', 'high']].reindex(list(LABELS))
 
 def _cuts(judged, recipe, seed):
     "The thresholds that were judged"
@@ -286,15 +291,15 @@ def _how_good(known):
     return Section(H2('How good, and how sure'), chart, *_any_tables(known.board), P(_note, cls='note'), _pairs_table(known.board, known.judged), decisions, lost, *_published(known),
                    Details(Summary('Each recipe on its own task'), *_own_tables(known.board)))
 
-# %% ../nbs/36_report.ipynb #1486f1fb
+# %% ../nbs/36_report.ipynb #7376f270
 def _on_test(known, model, kept=False): return of_kind(model.recipe, *of_split(model.predictions, known.labels, 'test', kept))
 
 def _groups(known, best):
     "AUROC, sensitivity and specificity by group, where there are such"
     rows = known.every[(known.every['recipe'] == best.recipe) & (known.every['group'] != '') & (known.every['data'] == 'kept slices')]
-    for metric in 'auroc', 'sensitivity', 'specificity':
+    for metric, name in dict(auroc='AUROC', sensitivity='sensitivity', specificity='specificity').items():
         there = rows[(rows['metric'] == metric) & (rows['label'] == 'any')]
-        if len(there): yield inline(plot_groups(rows, metric), f'{metric} of any by group of slices: scanner, thickness, position, age, sex, contrast, size of bleed; sensitivity and specificity at the threshold with a specificity of .90 on valid')
+        if len(there): yield inline(plot_groups(rows, metric), f'{name} of any by group of slices: scanner, thickness, position, age, sex, contrast, size of bleed; sensitivity and specificity at the threshold with a specificity of .90 on valid')
 
 def _fails(known, best):
     "The worst slices of the recipe of the headline"
@@ -322,11 +327,13 @@ def _trusted(known, best):
     model = _model(known, best)
     p, t = of_split(with_any(model.predictions)[0], known.labels, 'test', kept=True)
     line = calibration_line(*of_split(with_any(model.predictions)[0], known.labels, 'valid', kept=True))
-    charts = [inline(plot_calibration(p, t), 'Calibration as trained: predicted probability against observed frequency'),
-              inline(plot_calibration(calibrated(p, line), t), 'Calibration after recalibration on the validation patients')]
-    return Section(H2('Can it be trusted?'), _guards(known), _calibration_table(known, best), Div(*charts, cls='charts'))
+    bent = line.ne((1, 0)).any(axis=1) & line['slope'].notna()
+    mended = [inline(plot_calibration(calibrated(p, line), t), 'Calibration after recalibration on the validation patients')] if bent.any() else []
+    few = '' if bent.any() else P('The validation patients are too few to recalibrate: ten with a label and ten without are wanted.', cls='note')
+    charts = [inline(plot_calibration(p, t), 'Calibration as trained: predicted probability against observed frequency'), *mended]
+    return Section(H2('Can it be trusted?'), _guards(known), _calibration_table(known, best), few, Div(*charts, cls='charts'))
 
-# %% ../nbs/36_report.ipynb #fb40c453
+# %% ../nbs/36_report.ipynb #09ab0117
 def _cost_table(board):
     columns = dict(recipe='recipe', seeds='seeds', task='task', parameters='parameters', seconds='training seconds', images_per_second='images a second')
     rows = on_any(board).reindex(columns=list(columns)).rename(columns=columns)
@@ -347,7 +354,7 @@ def _curves(known, model):
     p, t = _on_test(known, model)
     training = plot_training(model.folder)
     if training is not None: yield training, 'LR finder, loss, and AUROC on valid'
-    yield plot_roc(p, t, model.cuts, 200), "ROC; the dots are the thresholds that Youden's rule chose on valid"
+    yield plot_roc(p, t, model.cuts, figures=model.auroc), "ROC; the dots are the thresholds that Youden's rule chose on valid"
     yield plot_confusion(p, t, model.recipe.threshold), "Confusion at the recipe's own threshold"
     if model.cuts.notna().any(): yield plot_confusion(p, t, model.cuts), 'Confusion at the thresholds chosen on valid'
 
