@@ -48,7 +48,7 @@ def plot_roc(
 ):
     "ROC by label, AUROC with its 95 % interval by patient"
     from sklearn.metrics import roc_curve
-    ax = ax or plt.subplots(figsize=(4.6, 4.2), layout='constrained')[1]
+    ax = ax or plt.subplots(figsize=(7, 4.2), layout='constrained')[1]
     figures = intervals(predictions, labels, n=n) if figures is None else figures
     cuts = pd.Series(threshold, index=list(LABELS), dtype=float)
     for label in _spoken(predictions, labels):
@@ -60,7 +60,7 @@ def plot_roc(
     ax.plot([0, 1], [0, 1], color='.7', lw=1, ls=':')
     ax.set(xlabel='1 - specificity', ylabel='sensitivity', aspect='equal')
     ax.set_title(f'ROC: {_rows(predictions)}', fontsize=10)
-    _legend(ax, 'AUROC (95 % interval)', loc='lower right')
+    _legend(ax, 'AUROC (95 % interval)', loc='upper left', bbox_to_anchor=(1, 1))
     return ax
 
 # %% ../nbs/31_figures.ipynb #e313ddac

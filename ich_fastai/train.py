@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from fastcore.imports import IN_NOTEBOOK
 from fastcore.script import CliError
-from fastai.basics import Learner, get_model, replacing_yield, set_seed
+from fastai.basics import Learner, get_model, num_distrib, replacing_yield, set_seed
 from fastai.callback.core import Callback, CancelEpochException, CancelFitException
 from fastai.callback.schedule import ParamScheduler, SchedCos
 from fastai.callback.training import GradientClip
@@ -253,7 +253,8 @@ def _free_cores(learn, state, called):
 
 def _journal(folder, stage):
     live = [LiveFigure(folder)] if show_progress() and IN_NOTEBOOK else []
-    return [History(folder/'history.csv', stage), StepLosses(folder/'losses.csv', stage), TrainingAccuracy(), *live]
+    counted = [] if num_distrib() > 1 else [TrainingAccuracy()]  # Of several processes each sees its share alone
+    return [History(folder/'history.csv', stage), StepLosses(folder/'losses.csv', stage), *counted, *live]
 
 def _last_good(kept):
     try: at = read_checkpoint(kept)  # Which looks whether the weights are as they were written
