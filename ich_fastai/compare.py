@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['prevalence', 'read_board', 'read_judged', 'model_result', 'resolved', 'check_seeds', 'compare', 'compare_models']
 
-# %% ../nbs/35_compare.ipynb #eb26abb8
+# %% ../nbs/35_compare.ipynb #52ef2ef9
 import hashlib, json
 from functools import partial
 
@@ -22,7 +22,7 @@ from .subgroups import judge_subgroups
 from .judge import judge_decisions, judge_own, judge_recipe, seeds_text, slices_text
 from .board import leaderboard, sort_board
 
-# %% ../nbs/35_compare.ipynb #d4217090
+# %% ../nbs/35_compare.ipynb #306e3ba6
 def prevalence(
     recipe:Recipe, # Whose labels and training slices
     predictions:pd.DataFrame, # Whose rows
@@ -33,7 +33,7 @@ def prevalence(
     share = train.loc[subset(train, recipe.slices, recipe.min_types)].mean()
     return predictions.assign(**{l: share[l] if l in recipe.labels else np.nan for l in LABELS})
 
-# %% ../nbs/35_compare.ipynb #99a4a92e
+# %% ../nbs/35_compare.ipynb #0f1f66c5
 _texts = dict.fromkeys(('error', 'note', 'slices', 'test_slices', 'seeds', 'study_rule'), '')
 
 def read_board(
@@ -62,7 +62,7 @@ def model_result(
     path = run.model(recipe, seed)/'result.json'
     return json.loads(path.read_text()) if path.exists() else {}
 
-_way = 'judged in one frame; seeds, points, groups'  # How figures are made; those of another way are judged anew
+_way = 'judged in one frame; seeds, points at .1 and .4, groups'  # How figures are made; those of another way are judged anew
 
 def _made_of(run, n, name='', seeds=()):
     "A mark of all that the figures of a recipe were made of"
@@ -72,7 +72,7 @@ def _made_of(run, n, name='', seeds=()):
     parts = [hashlib.blake2b(f.read_bytes()).digest() if f.exists() else b'' for f in files]
     return hashlib.blake2b(b''.join(parts) + repr((rules, n, _way)).encode(), digest_size=8).hexdigest()
 
-# %% ../nbs/35_compare.ipynb #a27596ae
+# %% ../nbs/35_compare.ipynb #691e7fdb
 def _task(recipe): return f'{recipe.task} on {slices_text(recipe)} slices'
 
 def _judge(run, recipe, models, labels, n, judged):
@@ -106,7 +106,7 @@ def _without(judged, rows):
 
 def _joined(judged, rows): return pd.concat([frame for frame in (_without(judged, rows), *rows) if len(frame)], ignore_index=True)
 
-# %% ../nbs/35_compare.ipynb #5c35a0a4
+# %% ../nbs/35_compare.ipynb #334f4c45
 def _about(run, recipe, seeds):
     "What stands in each row of a recipe"
     results = [model_result(run, recipe.name, seed) for seed in seeds]
@@ -131,12 +131,12 @@ def _board(run, judged, compared, failed):
     board = sort_board(pd.concat([frame for frame in (boards, lost) if len(frame)], ignore_index=True))
     return board.assign(**{name: board[name].fillna('') if name in board else '' for name in _texts})
 
-# %% ../nbs/35_compare.ipynb #bfc08b98
+# %% ../nbs/35_compare.ipynb #37d0eab2
 def resolved(
     recipes, # Names, `Recipe`s or TOML files
 )->list:
     "The recipes meant, each once"
-    recipes = [get_recipe(r) for r in recipes]
+    recipes = [get_recipe(r) for r in ([recipes] if isinstance(recipes, (str, Recipe)) else recipes)]
     names = [r.name for r in recipes]
     twice = sorted({name for name in names if names.count(name) > 1})
     if not recipes: raise CliError('no recipes to compare: name at least one')
@@ -149,7 +149,9 @@ def check_seeds(
     "The seeds meant, each once"
     seeds = list(seeds) if isinstance(seeds, (list, tuple, range, set)) else [seeds]
     if not seeds: raise CliError('no seeds: give at least one')
-    for seed in seeds: check_options(seed=seed)
+    for seed in seeds:
+        if not isinstance(seed, (int, np.integer)): raise CliError(f'seed {seed!r}: give a whole number, or several in a list')
+        check_options(seed=seed)
     if len({*seeds}) < len(seeds): raise CliError(f'seeds {seeds_text(seeds)}: give each once')
     return seeds
 
@@ -168,8 +170,9 @@ def compare(
 )->pd.DataFrame: # The leaderboard, as in leaderboard.csv: these recipes, and those that were on it
     "Train each recipe on the same split with the same seeds, judge and rank them"
     from ich_fastai.run import run_recipe
-    find = find or finder(*recipes)
     run, recipes, seeds = Run(run), resolved(recipes), check_seeds(seeds)
+    find = find or finder(*recipes)
+    if run.is_fold and 'fold' not in run.facts: raise CliError(f"{run.path} is the board of {run.facts['folds']} folds: give {run.root} with `--folds {run.facts['folds']}`")
     check_patients(run.read('split'))
     with only_one(run.path/'models', 'wait until it ends'): return compare_models(run, recipes, seeds, n, partial(run_recipe, resume=resume, find=find), partial(_kept, run))
 

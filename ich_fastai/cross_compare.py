@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['pooled', 'compare_folds']
 
-# %% ../nbs/37_cross_compare.ipynb #c4ae4442
+# %% ../nbs/37_cross_compare.ipynb #a78437c4
 import json
 from dataclasses import asdict
 from functools import partial
@@ -14,14 +14,14 @@ import numpy as np
 import pandas as pd
 
 from .core import Run, log, only_one, versions, write_whole
-from .folds import fold_runs, rare_types
+from .folds import check_k, fold_runs, rare_types
 from .labels import check_patients
 from .recipes import finder, write_recipe
 from .study import StudyRule
 from .run import run_recipe
 from .compare import check_seeds, compare_models, model_result, resolved
 
-# %% ../nbs/37_cross_compare.ipynb #a4634c2e
+# %% ../nbs/37_cross_compare.ipynb #0559a0be
 def _once(predictions, split):
     "Rows of a side, each image in the first fold that has it there"
     rows = predictions[predictions['split'] == split]
@@ -36,7 +36,7 @@ def pooled(
     train = numbered[0][numbered[0]['split'] == 'train']
     return pd.concat([_once(whole, 'test'), _once(whole, 'valid'), train])
 
-# %% ../nbs/37_cross_compare.ipynb #c8e8912e
+# %% ../nbs/37_cross_compare.ipynb #013209ea
 def _board_run(run, k):
     "The run folder of the board of k folds; everybody tests there"
     path = run.path/'folds'/str(k)
@@ -58,9 +58,9 @@ def _result_of(recipe, seed, results):
     "What is known of the k trainings together; their rule for studies where all chose the same, else the maximum"
     rules = [result.get('study_rule') for result in results]
     rule = rules[0] if all(rule == rules[0] for rule in rules) and rules[0] else asdict(StudyRule())
-    costs = dict(parameters=_summed(results, 'parameters', max), seconds=_summed(results, 'seconds', sum), images_per_second=_summed(results, 'images_per_second', np.mean), n_train=_summed(results, 'n_train', np.mean))
+    costs = dict(parameters=_summed(results, 'parameters', max), seconds=_summed(results, 'seconds', sum), images_per_second=_summed(results, 'images_per_second', np.mean), n_train=_summed(results, 'n_train', lambda ns: round(np.mean(ns))))
     return dict(name=recipe.name, seed=seed, kind=recipe.kind, folds=len(results), study_rule=rule, device=results[0].get('device'), pretrained=results[0].get('pretrained'), versions=versions(),
-                hardware=results[0].get('hardware'), **{k: float(v) for k, v in costs.items() if v is not None})
+                hardware=results[0].get('hardware'), **{k: v if isinstance(v, int) else float(v) for k, v in costs.items() if v is not None})
 
 def _make(board, recipe, seed=0, folds=(), **options):
     "Train a recipe in each fold where it is not yet trained, and put the predictions together"
@@ -83,12 +83,13 @@ def compare_folds(
     find=None, # As for `compare`
 )->pd.DataFrame: # The leaderboard, as from `compare`; also in folds/<k>/leaderboard.csv
     "Train each recipe in k folds and judge it on every patient"
-    find = find or finder(*recipes)
+    check_k(k)
     run, recipes, seeds = Run(run), resolved(recipes), check_seeds(seeds)
+    find = find or finder(*recipes)
     check_patients(run.read('split'))
     folds = fold_runs(run, k)
     rare = rare_types(run.read('labels'), run.read('split'), k)
-    if rare: log.warning('not every fold tests %s', ', '.join(f'{label} ({patients} patients)' for label, patients in rare.items()))
+    if rare: log.warning('not every fold tests %s', ', '.join(f'{label} (patients: {patients})' for label, patients in rare.items()))
     board = _board_run(run, k)
     make = partial(_make, folds=folds, resume=resume, find=find)
     with only_one(run.path/'folds'/str(k), 'wait until it ends'): return compare_models(board, recipes, seeds, n, make, lambda recipe, seed: make(board, recipe, seed=seed))

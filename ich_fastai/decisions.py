@@ -25,11 +25,11 @@ def chosen_thresholds(
 PREVALENCES = .01, .1, .4  # .4 is about that of the RSNA set's studies
 
 def _at_bounds(row, of, prevalence, which):
-    "Where all calls are right, or none is: what the bounds of sensitivity and specificity leave"
-    if np.isnan(row.low) or 0 < row.estimate < 1: return row
+    "Where all calls are right, or none is, or every resample has the same value, as where everything is called: what the bounds of sensitivity and specificity leave"
+    if np.isnan(row.low) or 0 < row.estimate < 1 and row.low < row.high: return row
     bounds = [predictive_values(*[one.loc[row.name, end] for one in of], prevalence)[which] for end in ('low', 'high')]
-    if row.estimate == 1: row['low'] = bounds[0]
-    else: row['high'] = bounds[1]
+    if row.estimate > 0: row['low'] = min(bounds[0], row.estimate)
+    if row.estimate < 1: row['high'] = max(bounds[1], row.estimate)
     return row
 
 def _predictive_rows(predictions, labels, cuts, shares, of, prevalence):

@@ -88,7 +88,7 @@ def findings(
                     f"Recalibrated on other patients of this run: sensitivity {at(level, 'recalibrated', 'sensitivity')}, specificity {at(level, 'recalibrated', 'specificity')}.")
     before, after = (of.loc[('kept slices', version, 'calibration_error'), 'estimate'] for version in ('as trained', 'recalibrated'))
     off = f'In ten bins of equally many slices, its probabilities are {before:.3f} from the observed frequency on average as trained'
-    return said + [f'{off}, {after:.3f} recalibrated.' if after != before else f'{off}; there are too few patients to recalibrate them.']
+    return said + [f'{off}, {after:.3f} recalibrated.' if after != before else f'{off}; there are too few patients to bend them.']
 
 def _charts(bundle, p, t, judged):
     cuts = bundle.operating().threshold
@@ -99,7 +99,7 @@ def _charts(bundle, p, t, judged):
 def _group_charts(groups):
     for metric, name in dict(auroc='AUROC', sensitivity='sensitivity', specificity='specificity').items():
         there = groups[(groups['metric'] == metric) & (groups['label'] == 'any') & groups['estimate'].notna() & (groups['group'] != '')]
-        if len(there): yield inline(plot_groups(groups, metric), f'{name} of any by group of slices, at its own threshold')
+        if len(there): yield inline(plot_groups(groups, metric), f'{name} of any by group of slices' + ', at its own threshold'*(metric != 'auroc'))
 
 def _calibration_charts(p, t, n):
     yield plot_calibration(p, t, n), 'Calibration as trained: predicted probability against observed frequency'
@@ -152,7 +152,7 @@ def evaluation_page(
     cuts, store = bundle.operating().threshold.fillna(bundle.recipe.threshold), Store(run.images)
     tables = [_version_table(judged, data, version) for data in ('kept slices', 'studies') for version in ('as trained', 'recalibrated')]
     good = Section(H2('How good, and how sure'), *tables, P(_note, cls='note'), _thresholds(bundle), Div(*[inline(*chart) for chart in _charts(bundle, p, t, judged)], cls='charts'))
-    fails = Section(H2('Where it fails'), H3('The twenty slices on which it is most wrong'), worst_slices(store, p, t), H3('By group'), Div(*_group_charts(groups), cls='charts'), H3('Surest, right and wrong'), extreme_slices(store, p, t, cuts))
+    fails = Section(H2('Where it fails'), H3('The slices on which it is most wrong, twenty at most'), worst_slices(store, p, t), H3('By group'), Div(*_group_charts(groups), cls='charts'), H3('Surest, right and wrong'), extreme_slices(store, p, t, cuts))
     trusted = Section(H2('Can it be trusted?'), *_shift_section(shifted), H3('Calibration'), Div(*[inline(*chart) for chart in _calibration_charts(p, t, n)], cls='charts'))
     return page(f'{bundle.recipe.name} on {of}', _head(bundle, run, predictions, labels, judged, shifted, of), good, fails, trusted, _about(bundle, run))
 
@@ -164,8 +164,8 @@ def _head(bundle, run, predictions, labels, judged, shifted, of):
                   *[P(sentence, cls='lead') for sentence in [*findings(bundle, judged), verdict]])
 
 _note = ('Slices with enough brain, and studies by the rule of the bundle. Patients: those with the label. Where there is no interval, fewer than four patients have the label, or lack it: '
-         'such a figure tells nothing. PPV is at the share of bleeds that these patients have. Recalibrated: each fifth of the patients is calibrated, and called at thresholds by Youden\'s rule, by the other four, '
-         'where these have ten patients with the label. Slope and intercept are what the log odds of the same table still want; 1 and 0 are right.')
+         'such a figure tells nothing. PPV is at the share of bleeds that these patients have. Recalibrated: each fifth of the patients is called at thresholds that Youden\'s rule chose on the other four, and its probabilities are bent by a line fit on them '
+         'where they have ten patients with the label and ten without; else the probabilities stay as they are. Slope and intercept are what the log odds of the same table still want; 1 and 0 are right.')
 
 # %% ../nbs/46_evaluation.ipynb #5b70c7d0
 class Evaluation(NamedTuple):
@@ -190,6 +190,11 @@ def _predicted(folder, key, make):
     with write_whole(mark) as part: part.write_text(json.dumps(dict(key=key, versions=versions()), indent=1))
     return predictions
 
+def _shift_of(bundle, run, predictions):
+    "How far the studies that are judged are from those of the training"
+    whole = shift(bundle, Store(run.images), read_headers(run))
+    return whole[whole.index.isin(predictions['StudyInstanceUID'])]
+
 def _write_shift(shifted, path):
     plain = shifted.drop(columns='PatientID')
     plain.attrs = {}  # What the validation patients had stays in the bundle
@@ -213,11 +218,12 @@ def evaluate_bundle(
         predictions = _predicted(folder, _key(bundle, run, side), lambda: other_predictions(bundle, run, side))
         labels = run.read('labels').loc[predictions.index, list(LABELS)]
         judged = judge_bundle(loaded, predictions, labels, n, seed)
-        shifted = shift(loaded, Store(run.images), read_headers(run))
+        shifted = _shift_of(loaded, run, predictions)
         groups = groups_here(loaded, run, predictions, labels, n, seed)
         html = evaluation_page(loaded, run, predictions, labels, judged, groups, shifted, n, side)
         whole = pd.concat([judged.assign(group=''), groups[groups['group'] != '']], ignore_index=True)
         with write_whole(folder/'judge.parquet') as part: whole.to_parquet(part)
         _write_shift(shifted, folder/'shift.parquet')
         with write_whole(folder/'report.html') as part: part.write_text(html, encoding='utf-8')
-    return Evaluation(folder, judged, [*findings(loaded, judged), shift_findings(shifted)[0]])
+    leak = [f'Not a test: these are {whose(loaded, run, side)}.'] if 'has learned' in whose(loaded, run, side) else []
+    return Evaluation(folder, judged, [*leak, *findings(loaded, judged), shift_findings(shifted)[0]])
