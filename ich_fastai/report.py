@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WITH_CURVES', 'plot_training', 'on_any', 'chosen_recipe', 'board_findings', 'report']
 
-# %% ../nbs/36_report.ipynb #d771e50a
+# %% ../nbs/36_report.ipynb #142eda63
 from datetime import date
 from pathlib import Path
 from typing import NamedTuple
@@ -31,7 +31,7 @@ from .board import draws_of, interval_text, luck_of_first, pairs, plot_board, ra
 from .failures import extreme_slices, worst_slices
 from .compare import model_result, read_board, read_judged
 
-# %% ../nbs/36_report.ipynb #6a417ccf
+# %% ../nbs/36_report.ipynb #c20b6f62
 def _plot_lr(ax, folder):
     found = pd.read_csv(folder/'lr_find.csv')
     suggested = found.suggested.iloc[0]
@@ -73,7 +73,7 @@ def plot_training(
         ax.spines[['top', 'right']].set_visible(False); ax.tick_params(labelsize=8)
     return axs
 
-# %% ../nbs/36_report.ipynb #e09fb398
+# %% ../nbs/36_report.ipynb #16f5d895
 class _Known(NamedTuple):
     "What the page is made of"
     run:Run
@@ -146,7 +146,7 @@ def board_findings(
     notes = [f'{note[0].upper()}{note[1:]}.' for note in sorted({x for x in rows.note.fillna('') if x})]
     return [_best_sentence(best), *_call_sentence(best), *_floor_sentence(best, len(rows) == 1), *_luck_sentence(board, judged), *notes]
 
-# %% ../nbs/36_report.ipynb #4a7d7150
+# %% ../nbs/36_report.ipynb #fb7e1e53
 def _weights(known):
     "How the networks' weights started"
     rows = on_any(known.board)
@@ -172,7 +172,7 @@ def _top(known):
     return Header(P('Research use, not a medical device', cls='use'), H1('Bleeding on head CT: ', Span(f'{len(on_any(known.board))} recipes compared')), *banners(known.run),
                   P(_asked(known)), P(_weights(known)), *[P(s, cls='lead') for s in board_findings(known.board, known.judged)], P(_intervals, cls='note'))
 
-# %% ../nbs/36_report.ipynb #2e5cc35e
+# %% ../nbs/36_report.ipynb #ea84281c
 def _figures(rows, columns, caption='', about=('slices',)):
     "A table of the board's `rows`: recipe, what it is `about`, and `columns` (header to the board's column) with their intervals"
     def one(r):
@@ -287,13 +287,13 @@ def _published(known):
 def _how_good(known):
     failed = known.board[known.board['board'] == 'failed']
     lost = table(failed[['recipe', 'seeds', 'error']].to_dict('records'), 'could not be run', ('recipe', 'seeds', 'error'))
-    chart = inline(plot_board(known.board, known.every), 'AUROC on any by recipe, with 95 % intervals by patient') if len(on_any(known.board)) else ''
+    chart = inline(plot_board(known.board, judged=known.every), 'AUROC on any by recipe, with 95 % intervals by patient') if len(on_any(known.board)) else ''
     best = chosen_recipe(known.board)
     decisions = '' if best is None else _decisions_table(known, best)
     return Section(H2('How good, and how sure'), chart, *_any_tables(known.board), P(_note, cls='note'), _pairs_table(known.board, known.judged), decisions, lost, *_published(known),
                    Details(Summary('Each recipe on its own task'), *_own_tables(known.board)))
 
-# %% ../nbs/36_report.ipynb #4d4972ba
+# %% ../nbs/36_report.ipynb #316ff8af
 def _on_test(known, model, kept=False): return of_kind(model.recipe, *of_split(model.predictions, known.labels, 'test', kept))
 
 def _groups(known, best):
@@ -337,7 +337,7 @@ def _trusted(known, best):
     charts = [inline(plot_calibration(p, t), 'Calibration as trained: predicted probability against observed frequency'), *mended]
     return Section(H2('Can it be trusted?'), _guards(known), _calibration_table(known, best), few, Div(*charts, cls='charts'))
 
-# %% ../nbs/36_report.ipynb #fc315379
+# %% ../nbs/36_report.ipynb #6c62568f
 def _cost_table(board):
     columns = dict(recipe='recipe', seeds='seeds', task='task', parameters='parameters', seconds='training seconds', images_per_second='images a second')
     rows = on_any(board).reindex(columns=list(columns)).rename(columns=columns)
