@@ -6,7 +6,7 @@
 __all__ = ['holm', 'draws_of', 'pairs', 'ranking', 'luck_of_first', 'whole_recipe', 'overall', 'any_row', 'own_row',
            'leaderboard', 'sort_board', 'interval_text', 'summary', 'plot_board', 'seed_figures']
 
-# %% ../nbs/32b_board.ipynb #44e3529a
+# %% ../nbs/32b_board.ipynb #8f2cf16e
 import numpy as np
 import pandas as pd
 import matplotlib.pyplot as plt
@@ -16,7 +16,7 @@ from .core import LABELS, pick
 from .explore import PLAIN
 from .intervals import FEW, FEWEST, difference_interval
 
-# %% ../nbs/32b_board.ipynb #0ad1a695
+# %% ../nbs/32b_board.ipynb #3c8ebb4d
 def holm(
     p, # p-values; NaN where there is none
 )->np.ndarray: # Adjusted: below .05 holds for all of them together
@@ -28,7 +28,7 @@ def holm(
     out[order] = np.maximum.accumulate(raised).clip(max=1)
     return out
 
-# %% ../nbs/32b_board.ipynb #910b3f24
+# %% ../nbs/32b_board.ipynb #26e5e313
 def draws_of(
     judged:pd.DataFrame, # As in `judge.parquet`
     data:str='slices', # Or 'kept slices' or 'studies'
@@ -56,7 +56,7 @@ def _pair(apart, k):
     low, high = difference_interval(apart[0], se, k, k - 1)
     return dict(estimate=apart[0], low=low, high=high, p=2*stats.t.sf(abs(apart[0])/se, k - 1) if se > 0 else 1.)
 
-# %% ../nbs/32b_board.ipynb #b4e98736
+# %% ../nbs/32b_board.ipynb #6fac87a1
 def ranking(
     draws:pd.DataFrame, # From `draws_of`
 )->pd.DataFrame: # By recipe, best first: estimate, first (share of resamples in which it is first; ties share)
@@ -75,7 +75,7 @@ def luck_of_first(
     winner = again.to_numpy().argmax(axis=1)
     return float((again.max(axis=1).to_numpy() - draws.iloc[0].to_numpy()[winner]).mean())
 
-# %% ../nbs/32b_board.ipynb #08cf0b1f
+# %% ../nbs/32b_board.ipynb #48122ae6
 _any = dict(auroc_any='auroc', average_precision_any='average_precision', accuracy_any='accuracy', error_rate_any='error_rate', recall_any='recall', precision_any='precision',
             log_loss_any='log_loss', brier_any='brier', sensitivity_at_any='sensitivity', specificity_at_any='specificity', threshold_any='threshold', calibration_error_any='calibration_error')
 
@@ -129,7 +129,7 @@ def own_row(
         if metric not in ('rows', 'positive', 'studies', 'patients', 'bleeding_patients'): _put(row, metric if label == 'all labels' else f'{metric}_{label}', figure)
     return row
 
-# %% ../nbs/32b_board.ipynb #8d0000b8
+# %% ../nbs/32b_board.ipynb #34f550b6
 def _compared(judged, names, slices):
     "By recipe: how much better than bright_pixels, and how often first"
     draws, k = draws_of(judged[judged['recipe'].isin(names)], 'slices' if slices == 'all' else 'kept slices')
@@ -170,7 +170,7 @@ def sort_board(
     order = board.assign(**keys).sort_values(['_failed', 'board', 'slices', '_group', '_score'], kind='stable')
     return order.drop(columns=list(keys)).reset_index(drop=True).copy()  # In one piece
 
-# %% ../nbs/32b_board.ipynb #f0c8e669
+# %% ../nbs/32b_board.ipynb #54a32505
 def interval_text(
     row, name:str, digits:int=3, # Of the board
 )->tuple: # (estimate, 'low to high') as text; empty where there is none
