@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WITH_CURVES', 'plot_training', 'on_any', 'chosen_recipe', 'board_findings', 'report']
 
-# %% ../nbs/36_report.ipynb #142eda63
+# %% ../nbs/36_report.ipynb #0ba9e12d
 from datetime import date
 from pathlib import Path
 from typing import NamedTuple
@@ -31,7 +31,7 @@ from .board import draws_of, interval_text, luck_of_first, pairs, plot_board, ra
 from .failures import extreme_slices, worst_slices
 from .compare import model_result, read_board, read_judged
 
-# %% ../nbs/36_report.ipynb #c20b6f62
+# %% ../nbs/36_report.ipynb #4e20c24a
 def _plot_lr(ax, folder):
     found = pd.read_csv(folder/'lr_find.csv')
     suggested = found.suggested.iloc[0]
@@ -73,7 +73,7 @@ def plot_training(
         ax.spines[['top', 'right']].set_visible(False); ax.tick_params(labelsize=8)
     return axs
 
-# %% ../nbs/36_report.ipynb #16f5d895
+# %% ../nbs/36_report.ipynb #4bd3a02a
 class _Known(NamedTuple):
     "What the page is made of"
     run:Run
@@ -146,7 +146,7 @@ def board_findings(
     notes = [f'{note[0].upper()}{note[1:]}.' for note in sorted({x for x in rows.note.fillna('') if x})]
     return [_best_sentence(best), *_call_sentence(best), *_floor_sentence(best, len(rows) == 1), *_luck_sentence(board, judged), *notes]
 
-# %% ../nbs/36_report.ipynb #fb7e1e53
+# %% ../nbs/36_report.ipynb #e70d6b87
 def _weights(known):
     "How the networks' weights started"
     rows = on_any(known.board)
@@ -172,7 +172,7 @@ def _top(known):
     return Header(P('Research use, not a medical device', cls='use'), H1('Bleeding on head CT: ', Span(f'{len(on_any(known.board))} recipes compared')), *banners(known.run),
                   P(_asked(known)), P(_weights(known)), *[P(s, cls='lead') for s in board_findings(known.board, known.judged)], P(_intervals, cls='note'))
 
-# %% ../nbs/36_report.ipynb #ea84281c
+# %% ../nbs/36_report.ipynb #daf63021
 def _figures(rows, columns, caption='', about=('slices',)):
     "A table of the board's `rows`: recipe, what it is `about`, and `columns` (header to the board's column) with their intervals"
     def one(r):
@@ -293,7 +293,7 @@ def _how_good(known):
     return Section(H2('How good, and how sure'), chart, *_any_tables(known.board), P(_note, cls='note'), _pairs_table(known.board, known.judged), decisions, lost, *_published(known),
                    Details(Summary('Each recipe on its own task'), *_own_tables(known.board)))
 
-# %% ../nbs/36_report.ipynb #316ff8af
+# %% ../nbs/36_report.ipynb #8f9268bf
 def _on_test(known, model, kept=False): return of_kind(model.recipe, *of_split(model.predictions, known.labels, 'test', kept))
 
 def _groups(known, best):
@@ -337,7 +337,7 @@ def _trusted(known, best):
     charts = [inline(plot_calibration(p, t), 'Calibration as trained: predicted probability against observed frequency'), *mended]
     return Section(H2('Can it be trusted?'), _guards(known), _calibration_table(known, best), few, Div(*charts, cls='charts'))
 
-# %% ../nbs/36_report.ipynb #6c62568f
+# %% ../nbs/36_report.ipynb #ebf2132a
 def _cost_table(board):
     columns = dict(recipe='recipe', seeds='seeds', task='task', parameters='parameters', seconds='training seconds', images_per_second='images a second')
     rows = on_any(board).reindex(columns=list(columns)).rename(columns=columns)
