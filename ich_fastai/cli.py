@@ -401,7 +401,7 @@ def _demo_folder(out, **asked):
     folder.record(demo=asked, source='phantoms: synthetic heads, not patients')
     return folder
 
-@command('ich-demo --quick                                      # about two minutes', 'ich-demo', 'ich-demo --out /tmp/demo --seed 1')
+@command('ich-demo --quick                                      # two to four minutes', 'ich-demo', 'ich-demo --out /tmp/demo --seed 1')
 def demo(
     out:str='demo', # Folder to write to: a new one, or a demo's, which is continued
     quick:bool=False, # Small pictures, one epoch each: to see that everything runs
@@ -417,7 +417,7 @@ def _demo(folder, quick, seed):
     from ich_fastai.phantom import PREVALENCE, write_phantoms
     from ich_fastai.recipes import get_recipe
     phantoms = folder.path/'phantoms'
-    say(f'This takes about {"2" if quick else "8"} minutes on two idle CPU cores, about twice as long where something else is at work.', '1/4 phantoms: synthetic heads, not patients')
+    say(f'This takes {"2 to 4" if quick else "8 to 15"} minutes on two idle CPU cores, about twice as long where something else is at work.', '1/4 phantoms: synthetic heads, not patients')
     write_phantoms(phantoms, n_studies=40 if quick else 140, seed=seed, size=64 if quick else 256,
                    prevalence={label: 1.4*share for label, share in PREVALENCE.items()})  # More bleeds than in RSNA: more to learn from in minutes
     say('2/4 metadata and labels')
