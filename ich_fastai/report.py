@@ -29,7 +29,7 @@ from .subgroups import plot_groups
 from .published import published_table
 from .board import draws_of, interval_text, luck_of_first, pairs, plot_board, ranking, whole_recipe
 from .failures import extreme_slices, worst_slices
-from .compare import model_result, read_board, read_judged
+from .compare import folds_of_board, model_result, read_board, read_judged
 
 # %% ../nbs/36_report.ipynb #4e20c24a
 def _plot_lr(ax, folder):
@@ -105,11 +105,12 @@ def _with_interval(row, name, digits=3):
     estimate, interval = interval_text(row, name, digits)
     return f'{estimate} ({interval or "no interval"})'
 
-def _best_sentence(best):
+def _best_sentence(best, folds):
     spread = best.get('auroc_any_spread')
     seeds = f', the mean of {len(best.seeds.split(", "))} seeds that spread by {spread:.3f} (standard deviation)' if pd.notna(spread) else ''
     by_study = f', by study {_with_interval(best, "study_auroc_any")}' if pd.notna(best.study_auroc_any_low) else ''
-    return (f'{best.recipe} was best on the validation patients at ranking slices with a bleed above slices without. On test, where nothing was chosen: AUROC '
+    test = 'Over all patients, among them those of validation, so slightly too high' if folds else 'On test, where nothing was chosen'
+    return (f'{best.recipe} was best on the validation patients at ranking slices with a bleed above slices without. {test}: AUROC '
             f'{_with_interval(best, "auroc_any")}{seeds}{by_study}, on {int(best.n_slices):,} slices of {int(best.n_patients):,} patients.')
 
 def _call_sentence(best):
@@ -136,6 +137,7 @@ def _luck_sentence(board, judged):
 def board_findings(
     board:pd.DataFrame, # From `compare`
     judged:pd.DataFrame, # As in `judge.parquet`
+    folds:int=None, # Of the board, from `folds_of_board`
 )->list: # Sentences
     "The result in words; nothing about the best where there is no interval"
     rows, best = on_any(board), chosen_recipe(board)
@@ -144,7 +146,7 @@ def board_findings(
     if pd.isna(best.auroc_any_low):
         return [f'Too few patients to judge: {best.note or f"{int(best.n_patients):,} patients in test"}. No figure here tells one recipe from another.']
     notes = [f'{note[0].upper()}{note[1:]}.' for note in sorted({x for x in rows.note.fillna('') if x})]
-    return [_best_sentence(best), *_call_sentence(best), *_floor_sentence(best, len(rows) == 1), *_luck_sentence(board, judged), *notes]
+    return [_best_sentence(best, folds), *_call_sentence(best), *_floor_sentence(best, len(rows) == 1), *_luck_sentence(board, judged), *notes]
 
 # %% ../nbs/36_report.ipynb #e70d6b87
 def _weights(known):
@@ -159,7 +161,7 @@ def _first_seed(row): return int(str(row.seeds).split(',')[0])
 
 def _asked(known):
     "The question, and the patients"
-    patients, folds = known.split['PatientID'], known.run.facts.get('folds')
+    patients, folds = known.split['PatientID'], folds_of_board(known.run)
     if folds: return (f'Asked: does a slice of a head CT show a bleed, and of which type? {len(on_any(known.board))} recipes were judged on all {patients.nunique():,} patients in {folds} folds, each patient by models that had not seen them. '
                       f'Data: {source_kind(known.run)}. Written {date.today():%d %B %Y} with ich_fastai.')
     trained = known.split['split'].eq('train')
@@ -170,7 +172,7 @@ _intervals = ('Intervals are 95 % intervals by patient: their standard error com
 
 def _top(known):
     return Header(P('Research use, not a medical device', cls='use'), H1('Bleeding on head CT: ', Span(f'{len(on_any(known.board))} recipes compared')), *banners(known.run),
-                  P(_asked(known)), P(_weights(known)), *[P(s, cls='lead') for s in board_findings(known.board, known.judged)], P(_intervals, cls='note'))
+                  P(_asked(known)), P(_weights(known)), *[P(s, cls='lead') for s in board_findings(known.board, known.judged, folds_of_board(known.run))], P(_intervals, cls='note'))
 
 # %% ../nbs/36_report.ipynb #daf63021
 def _figures(rows, columns, caption='', about=('slices',)):
@@ -323,7 +325,7 @@ def _guards(known):
     "What was checked before a figure was told"
     sides = known.split.groupby('PatientID')['split'].nunique()
     leak = 'No patient is on two sides of the split' if (sides == 1).all() else f'{(sides > 1).sum():,} patients are on two sides of the split: every figure is too good'
-    if known.run.facts.get('folds'): return P("Each patient is predicted by models that had not seen them. Thresholds and recalibration come from the folds' validation sides put together, whose patients test in another fold: "
+    if folds_of_board(known.run): return P("Each patient is predicted by models that had not seen them. Thresholds and recalibration come from the folds' validation sides put together, whose patients test in another fold: "
                                              'figures at a threshold, and recalibrated ones, are therefore slightly too good; AUROC, average precision and losses as trained are not.')
     return P(f'{leak}. Histogram bins come from training slices; epochs, thresholds, calibration and the rule for a study from validation; test was used to measure, and for the order of the boards.')
 
@@ -390,7 +392,7 @@ def _again(known):
     machine = next((r['hardware'] for r in [*trained, run.facts] if r.get('hardware')), {})
     source = source_kind(run) if is_phantom(run) else f'{source_kind(run)}, whose folder is not shown here'
     facts = {'source': source, **(run.facts.get('coverage') or {}), 'label rows merged': run.facts.get('label_rows_merged', ''), **machine, **versions}
-    return Section(H2('How to make it again'), Pre(_commands(rows, run.facts.get('folds'))), table([{'what': k.replace('_', ' '), 'value': str(v)} for k, v in facts.items() if v != ''], text=('what', 'value')))
+    return Section(H2('How to make it again'), Pre(_commands(rows, folds_of_board(run))), table([{'what': k.replace('_', ' '), 'value': str(v)} for k, v in facts.items() if v != ''], text=('what', 'value')))
 
 def _commands(rows, folds=None):
     "The comparisons, a line for each set of seeds"
