@@ -14,6 +14,7 @@ from scipy import stats
 
 from .core import LABELS, pick
 from .explore import PLAIN
+from .page import figure_text
 from .intervals import FEW, FEWEST, difference_interval
 
 # %% ../nbs/32b_board.ipynb #3c8ebb4d
@@ -173,11 +174,10 @@ def sort_board(
 # %% ../nbs/32b_board.ipynb #54a32505
 def interval_text(
     row, name:str, digits:int=3, # Of the board
-)->tuple: # (estimate, 'low to high') as text; empty where there is none
+)->tuple: # As from `figure_text`
     "A figure of the board as text"
-    if name not in row or pd.isna(row[name]): return '', ''
-    low, high = row[f'{name}_low'], row[f'{name}_high']
-    return f'{row[name]:.{digits}f}', '' if pd.isna(low) else f'{low:.{digits}f} to {high:.{digits}f}'
+    if name not in row: return '', ''
+    return figure_text(dict(estimate=row[name], low=row[f'{name}_low'], high=row[f'{name}_high']), digits)
 
 def summary(
     board:pd.DataFrame, # From `compare`

@@ -22,6 +22,7 @@ from .intervals import with_any
 from .subgroups import judge_subgroups
 from .judge import judge_decisions, judge_own, judge_recipe, seeds_text, slices_text
 from .board import leaderboard, sort_board
+from .published import judge_published
 
 # %% ../nbs/35_compare.ipynb #306e3ba6
 def prevalence(
@@ -63,7 +64,7 @@ def model_result(
     path = run.model(recipe, seed)/'result.json'
     return json.loads(path.read_text()) if path.exists() else {}
 
-_way = 'judged in one frame; seeds, points at .1 and .4, groups'  # How figures are made; those of another way are judged anew
+_way = 'judged in one frame; seeds, points at .1 and .4, groups, lines, net benefit, published'  # How figures are made; those of another way are judged anew
 
 @lru_cache(maxsize=None)
 def _hash_of(path, changed, size): return hashlib.blake2b(path.read_bytes()).digest()
@@ -88,7 +89,8 @@ def _judge(run, recipe, models, labels, n, judged):
     "The figures of a recipe, and those of its reference where they are not known"
     seeds = list(models)
     rules = {seed: StudyRule(**model_result(run, recipe.name, seed).get('study_rule', {})) for seed in seeds}
-    parts = [judge_recipe(recipe, models, labels, rules, n), judge_decisions(models, labels, rules, n), _groups(run, models, rules, n)]
+    published = judge_published(recipe, models, labels, run.path/'models'/recipe.name, n).assign(seeds=seeds_text(seeds), point='')
+    parts = [judge_recipe(recipe, models, labels, rules, n), judge_decisions(models, labels, rules, n), _groups(run, models, rules, n), published]
     own = pd.concat(parts, ignore_index=True).assign(recipe=recipe.name, task=_task(recipe), made_of=_made_of(run, n, recipe.name, seeds))
     return [own, *_references(run, recipe, next(iter(models.values())), labels, n, judged)]
 

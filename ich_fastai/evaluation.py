@@ -16,34 +16,26 @@ import pandas as pd
 from fastcore.xml import Div, H1, H2, H3, Header, P, Pre, Section, Span, Strong
 
 from .core import LABELS, Run, check_options, only_one, versions, write_whole
-from .page import banners, inline, page, source_kind, table
+from .page import banners, figure_text, in_words, inline, page, source_kind, table
 from .clean import Store
 from .shift import plot_shift, read_headers, shift, shift_findings
 from .bundle import Bundle, load_bundle
-from .figures import plot_calibration, plot_confusion, plot_roc
-from .subgroups import bleed_sizes, judge_groups, plot_groups, slice_groups
+from .figures import plot_confusion, plot_precision_recall, plot_roc
+from .subgroups import bleed_sizes, judge_groups, slice_groups
 from .failures import extreme_slices, worst_slices
+from .sections import calibration_charts, decisions_table, group_charts, net_benefit_charts
 from .external import check_side, judge_bundle, learned_here, other_predictions, recalibrated
 
 # %% ../nbs/46_evaluation.ipynb #9e4da5a2
-def _shown(row, digits=3):
-    "(estimate, interval) of a row of the judgement, as text"
-    if pd.isna(row.estimate): return '', ''
-    return f'{row.estimate:.{digits}f}', '' if pd.isna(row.low) else f'{row.low:.{digits}f} to {row.high:.{digits}f}'
-
-def _inline(row, digits=2):
-    estimate, interval = _shown(row, digits)
-    return f'{estimate} ({interval or "no interval"})'
-
 _titles = dict(patients='patients', auroc='AUROC', average_precision='average precision', sensitivity='sensitivity', specificity='specificity', ppv='PPV', log_loss='log loss',
                brier='Brier score', calibration_error='calibration error', slope='slope', intercept='intercept')
 
 def _version_table(judged, level, version):
     "A row a label, a column a metric"
-    part = judged[(judged['data'] == level) & (judged['version'] == version)].set_index(['label', 'metric'])
+    part = judged[(judged['data'] == level) & (judged['version'] == version) & (judged['point'] == '')].set_index(['label', 'metric'])
     metrics_ = [name for name in _titles if name in part.index.get_level_values('metric')]
     labels = [label for label in LABELS if part.loc[label, 'estimate'].notna().any()]
-    def cell(label, name): return int(part.loc[(label, name), 'estimate']) if name == 'patients' else _shown(part.loc[(label, name)])
+    def cell(label, name): return int(part.loc[(label, name), 'estimate']) if name == 'patients' else figure_text(part.loc[(label, name)])
     rows = [dict(label=label, **{_titles[name]: cell(label, name) for name in metrics_}) for label in labels]
     return table(rows, f'{version}, {level}', ('label',))
 
@@ -76,8 +68,8 @@ def findings(
 )->list: # Sentences
     "The result in words, on `any` where the model predicts it"
     label = _asked(bundle)
-    of = judged[judged['label'] == label].set_index(['data', 'version', 'metric'])
-    def at(*key): return _inline(of.loc[key])
+    of = judged[(judged['label'] == label) & (judged['point'] == '')].set_index(['data', 'version', 'metric'])
+    def at(*key): return in_words(figure_text(of.loc[key], 2))
     rank = of.loc[('kept slices', 'as trained', 'auroc')]
     if np.isnan(rank.estimate): return [f'No figure of {label}: these patients all have it, or none does.']
     if np.isnan(rank.low): return [f'Too few patients to judge {label}: {rank.note.removeprefix("no interval: ")}.']
@@ -92,18 +84,12 @@ def findings(
 
 def _charts(bundle, p, t, judged):
     cuts = bundle.operating().threshold
-    auroc = judged[(judged['data'] == 'kept slices') & (judged['version'] == 'as trained') & (judged['metric'] == 'auroc')].set_index('label')
-    yield plot_roc(p, t, cuts, figures=auroc), 'ROC by slice; the dots are its own thresholds'
+    def figures(metric):
+        rows = judged[(judged['data'] == 'kept slices') & (judged['version'] == 'as trained') & (judged['point'] == '')]
+        return rows[rows['metric'] == metric].set_index('label')
+    yield plot_roc(p, t, cuts, figures=figures('auroc')), 'ROC by slice; the dots are its own thresholds'
+    yield plot_precision_recall(p, t, cuts, figures=figures('average_precision')), 'Precision and recall by slice; the same thresholds'
     if cuts.notna().any(): yield plot_confusion(p, t, cuts), 'Confusion at its own thresholds'
-
-def _group_charts(groups):
-    for metric, name in dict(auroc='AUROC', sensitivity='sensitivity', specificity='specificity').items():
-        there = groups[(groups['metric'] == metric) & (groups['label'] == 'any') & groups['estimate'].notna() & (groups['group'] != '')]
-        if len(there): yield inline(plot_groups(groups, metric), f'{name} of any by group of slices' + ', at its own threshold'*(metric != 'auroc'))
-
-def _calibration_charts(p, t, n):
-    yield plot_calibration(p, t, n), 'Calibration as trained: predicted probability against observed frequency'
-    yield plot_calibration(recalibrated(p, t)[0], t, n), 'Calibration after recalibration on other patients of this run'
 
 def _shift_section(shifted):
     "How far these scans are from those of the training"
@@ -150,11 +136,21 @@ def evaluation_page(
     of, kept = whose(bundle, run, side), predictions['kept']
     p, t = predictions[kept], labels[kept]
     cuts, store = bundle.operating().threshold.fillna(bundle.recipe.threshold), Store(run.images)
-    tables = [_version_table(judged, data, version) for data in ('kept slices', 'studies') for version in ('as trained', 'recalibrated')]
-    good = Section(H2('How good, and how sure'), *tables, P(_note, cls='note'), _thresholds(bundle), Div(*[inline(*chart) for chart in _charts(bundle, p, t, judged)], cls='charts'))
-    fails = Section(H2('Where it fails'), H3('The slices on which it is most wrong, twenty at most'), worst_slices(store, p, t), H3('By group'), Div(*_group_charts(groups), cls='charts'), H3('Surest, right and wrong'), extreme_slices(store, p, t, cuts))
-    trusted = Section(H2('Can it be trusted?'), *_shift_section(shifted), H3('Calibration'), Div(*[inline(*chart) for chart in _calibration_charts(p, t, n)], cls='charts'))
+    good = _good(bundle, p, t, judged)
+    fails = Section(H2('Where it fails'), H3('The slices on which it is most wrong, twenty at most'), worst_slices(store, p, t),
+                    H3('By group'), Div(*group_charts(groups, 'its own threshold'), cls='charts'), H3('Surest, right and wrong'), extreme_slices(store, p, t, cuts))
+    charts = calibration_charts(p, t, recalibrated(p, t)[0], 'other patients of this run', n)
+    trusted = Section(H2('Can it be trusted?'), *_shift_section(shifted), H3('Calibration'), Div(*charts, cls='charts'))
     return page(f'{bundle.recipe.name} on {of}', _head(bundle, run, predictions, labels, judged, shifted, of), good, fails, trusted, _about(bundle, run))
+
+def _good(bundle, p, t, judged):
+    "Figures by label, what thresholds are worth, curves"
+    tables = [_version_table(judged, data, version) for data in ('kept slices', 'studies') for version in ('as trained', 'recalibrated')]
+    caption = 'what its thresholds, as it came with them, are worth here; predictive values where 10 % or 40 % bleed; alarms: slices called in a study without a bleed'
+    decided = [H3('What a threshold is worth'), _thresholds(bundle), decisions_table(judged.assign(group=''), caption, _asked(bundle)),
+               Div(*net_benefit_charts(judged), cls='charts'), P(_of_net_benefit, cls='note')]
+    curves = Div(*[inline(*chart) for chart in _charts(bundle, p, t, judged)], cls='charts')
+    return Section(H2('How good, and how sure'), *tables, P(_note, cls='note'), *decided, H3('Curves'), curves)
 
 def _head(bundle, run, predictions, labels, judged, shifted, of):
     leak = [Div(Strong('Not a test. '), f'These are {of}: every figure is too good.', cls='phantom')] if 'has learned' in of else []
@@ -162,6 +158,8 @@ def _head(bundle, run, predictions, labels, judged, shifted, of):
     verdict = shift_findings(shifted)[0]
     return Header(P('Research use, not a medical device', cls='use'), H1('A finished model, judged: ', Span(bundle.recipe.name)), *banners(run), *leak, P(asked),
                   *[P(sentence, cls='lead') for sentence in [*findings(bundle, judged), verdict]])
+
+_of_net_benefit = 'Net benefit of probabilities recalibrated on other patients of this run: bleeds found a slice or study, less false alarms at the odds of the threshold.'
 
 _note = ('Slices with enough brain, and studies by the rule of the bundle. Patients: those with the label. Where there is no interval, fewer than four patients have the label, or lack it: '
          'such a figure tells nothing. PPV is at the share of bleeds that these patients have. Recalibrated: each fifth of the patients is called at thresholds that Youden\'s rule chose on the other four, and its probabilities are bent by a line fit on them '

@@ -13,10 +13,11 @@ from fastcore.script import CliError
 from .core import LABELS, Run
 from .clean import Store, source_size, store_sizes
 from .study import FOLDS, by_study
-from .operating import calibrated, calibration_line, operating_points
+from .operating import POINTS, calibrated, calibration_line, operating_points
 from .bundle import Bundle, load_bundle
 from .baselines import header_numbers
-from .judge import CALLED, TOLD, judge_calibration, judge_metrics, judge_rows
+from .decisions import decision_table
+from .judge import CALLS, LOSSES, judge_calibration, judge_metrics, judge_net_benefit, judge_rows
 from .predict import bundle_probabilities
 
 # %% ../nbs/45_external.ipynb #b8b52959
@@ -97,24 +98,36 @@ def recalibrated(
     return pd.concat(parts).loc[predictions.index], calls
 
 # %% ../nbs/45_external.ipynb #9fc2d924
-_columns = ['data', 'version', 'label', 'metric', 'estimate', 'low', 'high', 'note']
+_columns = ['data', 'point', 'version', 'label', 'metric', 'estimate', 'low', 'high', 'note']
 
-def _judged_level(predictions, labels, cuts, n, seed):
-    "Figures of slices, or of studies, as trained and recalibrated"
+_prevalences = .1, .4 # As in a comparison
+
+def _counted(predictions, labels):
+    "How many patients have each label that is predicted"
+    patients = predictions['PatientID']
+    rows = [dict(label=label, estimate=patients[labels[label]].nunique()) for label in LABELS if predictions[label].notna().any()]
+    return pd.DataFrame(rows).assign(metric='patients', note='')
+
+def _judged_level(predictions, labels, data, points, n, seed):
+    "Figures of slices, or of studies, as trained and recalibrated; `points`: thresholds by operating point"
     mended, calls = recalibrated(predictions, labels, seed)
-    patients = [dict(label=label, metric='patients', estimate=predictions['PatientID'][labels[label]].nunique(), note='') for label in LABELS if predictions[label].notna().any()]
-    trained = pd.concat([pd.DataFrame(patients), judge_rows({0: predictions}, labels, {0: cuts}, n, seed)])
-    then = [judge_metrics({0: mended}, labels, TOLD, n, seed), judge_metrics({0: calls}, labels, CALLED, n, seed), judge_calibration({0: mended}, labels)]
-    return pd.concat([trained.assign(version='as trained'), pd.concat(then).assign(version='recalibrated')])
+    trained = pd.concat([_counted(predictions, labels), judge_rows({0: predictions}, labels, {0: points['Youden']}, n, seed)])
+    then = [judge_metrics({0: mended}, labels, LOSSES, n, seed), judge_metrics({0: calls}, labels, CALLS, n, seed), judge_calibration({0: mended}, labels)]
+    if mended['any'].notna().all(): then.append(judge_net_benefit({0: mended}, labels, n, seed))
+    decided = decision_table(predictions, labels, points, _prevalences, n, seed, data)
+    parts = [trained.assign(version='as trained'), pd.concat(then).assign(version='recalibrated'), decided[decided['estimate'].notna()]]
+    return pd.concat(parts, ignore_index=True).assign(data=data).fillna(dict(point=''))
 
 def judge_bundle(
     bundle:Bundle,
     predictions:pd.DataFrame, labels:pd.DataFrame, # By image, the same rows
     n:int=1000, seed:int=0, # Resamples of the patients, and folds
-)->pd.DataFrame: # data ('kept slices', 'studies'), version ('as trained', 'recalibrated'), label, metric, estimate, low, high, note
+)->pd.DataFrame: # data ('kept slices', 'studies'), point, version ('as trained', 'recalibrated'), label, metric, estimate, low, high, note
     "All figures of a bundle on some patients; NaN where a label is not predicted, or not known to be on and off"
     kept = predictions['kept'].to_numpy(bool)
     if not kept.any(): raise CliError('no slice has enough brain to be judged')
-    slices = _judged_level(predictions[kept], labels[kept], bundle.operating().threshold, n, seed)
-    studies = _judged_level(*by_study(predictions, labels, bundle.rule), bundle.operating('study').threshold, n, seed)
-    return pd.concat([slices.assign(data='kept slices'), studies.assign(data='studies')], ignore_index=True).reindex(columns=_columns)
+    def level(data, name, p, t):
+        points = {point: bundle.operating(name, point)['threshold'] for point in POINTS}
+        return _judged_level(p, t, data, points, n, seed)
+    parts = [level('kept slices', 'slice', predictions[kept], labels[kept]), level('studies', 'study', *by_study(predictions, labels, bundle.rule))]
+    return pd.concat(parts, ignore_index=True).reindex(columns=_columns)

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['SOURCES', 'REPORTS', 'PUBLISHED', 'CONFUSIONS', 'BALANCED', 'BY_EPOCH', 'LEARNED', 'SPLIT', 'Published',
            'implied_share', 'figures_of', 'balance_groups', 'at_balance', 'top1', 'types_confusion',
-           'plot_types_confusion', 'by_types', 'plot_by_types', 'by_epoch', 'plot_epochs', 'chance', 'why_different',
-           'published_table']
+           'plot_types_confusion', 'by_types', 'plot_by_types', 'by_epoch', 'plot_epochs', 'chance', 'judge_published',
+           'why_different', 'published_table']
 
 # %% ../nbs/33_published.ipynb #2328b3a4
-import json, math
+import math
 from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
@@ -39,6 +39,10 @@ class Published(NamedTuple):
     even: bool = False      # As many slices of each type?
     epoch: str = ''         # 'first' or 'last', of a figure by epoch
     flaw: str = ''          # What is known against it
+
+    @property
+    def name(self)->str: # Which of a recipe's figures
+        return ', '.join(filter(None, [self.metric, self.epoch and f'{self.epoch} epoch', self.where, self.on]))
 
     @property
     def balance(self)->str:
@@ -446,6 +450,38 @@ def chance(
     if figure.metric == 'log_loss': return float(_entropy(share))
     return known.get(figure.metric, math.nan)
 
+# %% ../nbs/33_published.ipynb #9671a25a
+def _of_training(figure, epochs, seeds):
+    "A figure of the first or last epoch, the mean over the seeds"
+    rows = epochs[(epochs['metric'] == figure.metric) & epochs['seed'].isin(list(seeds))]
+    if rows.empty: return dict(estimate=np.nan, low=np.nan, high=np.nan, note='not in its history')
+    at = rows.groupby('seed')['epoch'].transform('min' if figure.epoch == 'first' else 'max')
+    estimate = rows.loc[rows['epoch'] == at, 'value'].mean()
+    return dict(estimate=estimate, low=np.nan, high=np.nan, note=f'{figure.epoch} epoch, of training slices: no interval')
+
+def _ours_or_why(figure, recipe, by_seed, labels, epochs, n, seed):
+    "Rows of ours and of the best constant answer"
+    nothing = dict(version='as trained', estimate=np.nan, low=np.nan, high=np.nan)
+    side = 'valid' if figure.side == 'valid' else 'test'
+    try: slices = _own_test(recipe, next(iter(by_seed.values())), labels, side)[1]
+    except CliError as e: return [nothing | dict(note=str(e)), nothing | dict(version='chance', note='')]
+    ours = _of_training(figure, epochs, by_seed) if figure.side == 'train' else _ours(figure, recipe, by_seed, labels, n, seed).to_dict()
+    return [nothing | ours, nothing | dict(version='chance', estimate=chance(figure, slices), note='')]
+
+def judge_published(
+    recipe, # A name, a `Recipe` or a TOML file
+    predictions, # Its predictions by image, all sides of the split; or these by seed
+    labels:pd.DataFrame, # By image
+    folder=None, # models/<recipe>, with <seed>/history.csv
+    n:int=1000, seed:int=0, # Resamples of the patients
+)->pd.DataFrame: # data, group (the figure's name), version ('as trained', 'chance'), label, metric, estimate, low, high, note
+    "Our figures at the balance of the published ones"
+    recipe, by_seed, epochs = get_recipe(recipe), _by_seed(predictions), by_epoch(folder or '')
+    columns = ['data', 'group', 'version', 'label', 'metric', 'estimate', 'low', 'high', 'note']
+    rows = [dict(group=figure.name, metric=figure.metric, **row) for figure in figures_of(recipe)
+            for row in _ours_or_why(figure, recipe, by_seed, labels, epochs, n, seed)]
+    return pd.DataFrame(rows, columns=columns).assign(data='published', label='all labels')
+
 # %% ../nbs/33_published.ipynb #092b6910
 LEARNED = dict(petkov='1,440 slices of each type and of none', khandelwal='80 % of 194,082 slices, for types of those with a bleed',
                dibernardo='26,547 slices', pyligent="the challenge's training set", qiu='80 % of about 87,000 slices')
@@ -466,10 +502,6 @@ def _changes(recipe):
     changed = [f.name for f in fields(Recipe) if getattr(recipe, f.name) != getattr(listed, f.name) and f.name in _told_changes]
     return [f'{_told_changes[name]}: {_text(getattr(listed, name))} there, {_text(getattr(recipe, name))} here' for name in changed]
 
-def _facts(folder, by_seed):
-    path = Path(folder or '')/str(next(iter(by_seed)))/'result.json'
-    return json.loads(path.read_text()) if folder and path.exists() else {}
-
 def why_different(
     figure:Published,
     recipe:Recipe, # Of ours
@@ -480,35 +512,19 @@ def why_different(
     here = f'{facts["n_train"]:,} here, {facts.get("trained_on", "")}'.rstrip(', ') if 'n_train' in facts else 'another number here'
     return '; '.join(filter(None, [figure.flaw, f'it learned from {LEARNED[family]}, {here}', *_changes(recipe), SPLIT[family]]))
 
-def _of_training(figure, epochs, seeds):
-    "A figure of the first or last epoch, the mean over the seeds"
-    rows = epochs[(epochs['metric'] == figure.metric) & epochs['seed'].isin(list(seeds))]
-    if rows.empty: return dict(estimate=np.nan, low=np.nan, high=np.nan, note='not in its history')
-    at = rows.groupby('seed')['epoch'].transform('min' if figure.epoch == 'first' else 'max')
-    estimate = rows.loc[rows['epoch'] == at, 'value'].mean()
-    return dict(estimate=estimate, low=np.nan, high=np.nan, note=f'{figure.epoch} epoch, of training slices: no interval')
-
-def _own_figure(figure, recipe, by_seed, labels, epochs, n, seed):
-    "(estimate, low, high, note; the best constant answer)"
-    first = next(iter(by_seed.values()))
-    slices = _own_test(recipe, first, labels, 'valid' if figure.side == 'valid' else 'test')[1]
-    ours = _of_training(figure, epochs, by_seed) if figure.side == 'train' else _ours(figure, recipe, by_seed, labels, n, seed).to_dict()
-    return ours | dict(chance=chance(figure, slices))
-
 def published_table(
     recipe, # A name, a `Recipe` or a TOML file
-    predictions, # Its predictions by image, all sides of the split; or these by seed
-    labels:pd.DataFrame, # By image
-    folder=None, # models/<recipe>, with <seed>/history.csv and result.json
-    n:int=1000, seed:int=0, # Resamples of the patients
+    judged:pd.DataFrame, # From `judge_published`
+    facts:dict={}, # From its result.json: n_train, trained_on
 )->pd.DataFrame: # source, recipe, metric, published, where, on, balance, estimate, low, high, chance, note, why; a row a figure
     "Published beside ours: the same metric at the same balance, and why they differ"
-    recipe, by_seed = get_recipe(recipe), _by_seed(predictions)
-    epochs, facts = by_epoch(folder or ''), _facts(folder, by_seed)
+    recipe = get_recipe(recipe)
+    ours, chances = (judged[judged['version'] == version].set_index('group') for version in ('as trained', 'chance'))
     def row(figure):
         published = 'in a picture alone' if math.isnan(figure.value) else f'{figure.value:.4g}'
         about = dict(source=SOURCES[figure.recipe.split('_')[0]], recipe=figure.recipe, metric=figure.metric, published=published,
                      where=figure.where, on=figure.on, balance=figure.balance)
-        return about | _own_figure(figure, recipe, by_seed, labels, epochs, n, seed) | dict(why=why_different(figure, recipe, facts))
+        own = ours.loc[figure.name, ['estimate', 'low', 'high', 'note']].to_dict()
+        return about | own | dict(chance=chances.loc[figure.name, 'estimate'], why=why_different(figure, recipe, facts))
     columns = ['source', 'recipe', 'metric', 'published', 'where', 'on', 'balance', 'estimate', 'low', 'high', 'chance', 'note', 'why']
-    return pd.DataFrame([row(f) for f in figures_of(recipe)], columns=columns)
+    return pd.DataFrame([row(f) for f in figures_of(recipe) if f.name in ours.index], columns=columns)

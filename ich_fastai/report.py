@@ -16,19 +16,19 @@ import matplotlib.pyplot as plt
 from fastcore.script import CliError
 from fastcore.xml import Details, Div, H2, H3, H1, Header, P, Pre, Section, Span, Summary
 
-from .core import LABELS, TYPES, Run, write_whole
+from .core import LABELS, Run, write_whole
 from .recipes import Recipe, concerns, read_recipe
 from .clean import Store
 from .explore import PLAIN
-from .operating import calibrated, calibration_line
-from .page import banners, data_charts, inline, is_phantom, page, sides_table, slice_charts, source_kind, table
+from .operating import FEWEST_TO_FIT, calibrated
+from .page import banners, data_charts, figure_text, in_words, inline, is_phantom, page, sides_table, slice_charts, source_kind, table
 from .intervals import of_split, with_any
-from .figures import plot_calibration, plot_confusion, plot_roc
+from .figures import plot_confusion, plot_precision_recall, plot_roc
 from .judge import of_kind
-from .subgroups import plot_groups
 from .published import published_table
 from .board import draws_of, interval_text, luck_of_first, pairs, plot_board, ranking, whole_recipe
 from .failures import extreme_slices, worst_slices
+from .sections import calibration_charts, decisions_table, group_charts, net_benefit_charts
 from .compare import folds_of_board, model_result, read_board, read_judged
 
 # %% ../nbs/36_report.ipynb #4e20c24a
@@ -101,9 +101,7 @@ def chosen_recipe(
     rows = rows[rows['valid_auroc_any'].notna()] if 'valid_auroc_any' in rows else rows[:0]
     return None if rows.empty else rows.sort_values(['valid_auroc_any', 'recipe'], ascending=[False, True]).iloc[0]
 
-def _with_interval(row, name, digits=3):
-    estimate, interval = interval_text(row, name, digits)
-    return f'{estimate} ({interval or "no interval"})'
+def _with_interval(row, name, digits=3): return in_words(interval_text(row, name, digits))
 
 def _best_sentence(best, folds):
     spread = best.get('auroc_any_spread')
@@ -214,7 +212,7 @@ def _pairs_table(board, judged):
     caption = f'AUROC on any less that of {best.recipe}, on the same patients; {best.recipe} itself is first in {first[best.recipe]:.0%} of the resamples'
     return table([one(r) for r in rows.sort_values('estimate', ascending=False).itertuples(index=False)], caption, ('recipe',))
 
-_by_label = dict(auroc='AUROC', recall='recall', precision='precision', mse='MSE')
+_by_label = dict(auroc='AUROC', average_precision='average precision', recall='recall', precision='precision', mse='MSE')
 
 def _task_tables(rows):
     "One task: calls over all its labels; the figures by label, with the former where there is one label"
@@ -241,75 +239,72 @@ class _Model(NamedTuple):
     recipe:Recipe
     folder:Path
     predictions:pd.DataFrame
-    cuts:pd.Series # Thresholds by label, chosen on valid
-    auroc:pd.DataFrame # As it was judged on its own task, by label
+    judged:pd.DataFrame # Its rows
+
+    def by_label(self, data, metric):
+        "estimate, low, high of the whole of some data"
+        rows = self.judged[(self.judged['data'] == data) & (self.judged['metric'] == metric) & (self.judged['group'] == '') & (self.judged['point'] == '')]
+        return rows.set_index('label')[['estimate', 'low', 'high']].reindex(list(LABELS))
+
+    @property
+    def cuts(self): return self.by_label('kept slices', 'threshold')['estimate'] # By label, chosen on valid
+
+    @property
+    def line(self): # Slope and intercept by label, fit on valid; 1 and 0 where the patients were too few
+        parts = {part: self.by_label('kept slices', f'line {part}')['estimate'] for part in ('slope', 'intercept')}
+        return pd.DataFrame(parts).fillna(dict(slope=1., intercept=0.))
 
 def _model(known, row):
     seed = _first_seed(row)
     folder = known.run.model(row.recipe, seed)
     recipe, predictions = read_recipe(folder/'recipe.toml'), pd.read_parquet(folder/'predictions.parquet')
     kept = known.store.index['kept'].reindex(predictions.index)
-    return _Model(recipe, folder, predictions.assign(kept=kept), _cuts(known.every, row.recipe, seed), _own_auroc(known.every, row.recipe, seed))
-
-def _own_auroc(judged, recipe, seed):
-    rows = judged[(judged['recipe'] == recipe) & (judged['seeds'] == str(seed)) & (judged['metric'] == 'auroc') & (judged['data'] == 'own slices')]
-    return rows.set_index('label')[['estimate', 'low', 'high']].reindex(list(LABELS))
-
-def _cuts(judged, recipe, seed):
-    "The thresholds that were judged"
-    rows = judged[(judged['recipe'] == recipe) & (judged['seeds'] == str(seed)) & (judged['metric'] == 'threshold') & (judged['data'] == 'kept slices') & (judged['point'] == '')]
-    return rows.set_index('label')['estimate'].reindex(list(LABELS))
-
-def _figure_cell(rows, metric, digits=2):
-    "(estimate, interval) of one of the rows, as text"
-    here = rows[rows['metric'] == metric]
-    if here.empty: return ''
-    row = here.iloc[0]
-    return f'{row.estimate:.{digits}f}', '' if pd.isna(row.low) else f'{row.low:.{digits}f} to {row.high:.{digits}f}'
-
-_decided = {'sensitivity': 'sensitivity', 'specificity': 'specificity', 'PPV at 10 %': 'PPV at 0.1', 'NPV at 10 %': 'NPV at 0.1', 'PPV at 40 %': 'PPV at 0.4', 'alarms a study': 'alarms a study'}
-
-def _decisions_table(known, best):
-    "What thresholds of the recipe of the headline are worth, on `any`"
-    rows = known.every[(known.every['recipe'] == best.recipe) & (known.every['seeds'] == str(_first_seed(best))) & (known.every['group'] == '') & (known.every['point'] != '') & (known.every['label'] == 'any')]
-    def one(data, point, of_it): return {'of': data, 'chosen on valid for': point, **{title: _figure_cell(of_it, metric) for title, metric in _decided.items()}}
-    caption = f'{best.recipe}: what its thresholds are worth on test; predictive values where 10 % or 40 % bleed; alarms: slices called in a study without a bleed'
-    return table([one(*key, of_it) for key, of_it in rows.groupby(['data', 'point'], sort=False)], caption, ('of', 'chosen on valid for'))
+    rows = known.every[(known.every['recipe'] == row.recipe) & (known.every['seeds'] == str(seed))]
+    return _Model(recipe, folder, predictions.assign(kept=kept), rows)
 
 def _published(known):
     "Published figures beside ours, of the recipes that have any"
-    tables = []
-    for row in on_any(known.board).itertuples():
-        model = _model(known, row)
-        rows = published_table(model.recipe, {_first_seed(row): model.predictions}, known.labels, known.run.path/'models'/row.recipe)
-        def one(r): return dict(metric=r.metric, published=r.published, balance=r.balance, ours=interval_text(dict(x=r.estimate, x_low=r.low, x_high=r.high), 'x'), chance=r.chance, **{'why they differ': '; '.join(filter(None, [r.note, r.why]))})
-        if len(rows): tables.append(table([one(r) for r in rows.itertuples()], f'{row.recipe}: {rows["source"].iloc[0]}', ('metric', 'balance', 'why they differ')))
+    def beside(row):
+        recipe = read_recipe(known.run.model(row.recipe, _first_seed(row))/'recipe.toml')
+        ours = known.every[(known.every['recipe'] == row.recipe) & (known.every['data'] == 'published')]
+        return published_table(recipe, ours, model_result(known.run, row.recipe, _first_seed(row)))
+    def one(r):
+        differ = '; '.join(filter(None, [r.note, r.why]))
+        return dict(metric=r.metric, published=r.published, balance=r.balance, ours=figure_text(r._asdict()), chance=r.chance, **{'why they differ': differ})
+    found = {row.recipe: beside(row) for row in on_any(known.board).itertuples()}
+    tables = [table([one(r) for r in rows.itertuples()], f'{recipe}: {rows["source"].iloc[0]}', ('metric', 'balance', 'why they differ'))
+              for recipe, rows in found.items() if len(rows)]
     return [Details(Summary('Published figures beside ours: the same metric at the same balance'), *tables)] if tables else []
+
+def _decisions(known, best):
+    "What thresholds of the recipe of the headline are worth, on `any`"
+    rows = _model(known, best).judged
+    seed = f'{best.recipe} (seed {_first_seed(best)})'
+    caption = f'{seed}: what its thresholds are worth on test; predictive values where 10 % or 40 % bleed; alarms: slices called in a study without a bleed'
+    return [H3('What a threshold is worth'), decisions_table(rows, caption), Div(*net_benefit_charts(rows), cls='charts'),
+            P(f'Net benefit of {seed}, recalibrated on valid: bleeds found a slice or study, less false alarms at the odds of the threshold.', cls='note')]
 
 def _how_good(known):
     failed = known.board[known.board['board'] == 'failed']
     lost = table(failed[['recipe', 'seeds', 'error']].to_dict('records'), 'could not be run', ('recipe', 'seeds', 'error'))
     chart = inline(plot_board(known.board, judged=known.every), 'AUROC on any by recipe, with 95 % intervals by patient') if len(on_any(known.board)) else ''
     best = chosen_recipe(known.board)
-    decisions = '' if best is None else _decisions_table(known, best)
-    return Section(H2('How good, and how sure'), chart, *_any_tables(known.board), P(_note, cls='note'), _pairs_table(known.board, known.judged), decisions, lost, *_published(known),
+    decisions = [] if best is None else _decisions(known, best)
+    return Section(H2('How good, and how sure'), chart, *_any_tables(known.board), P(_note, cls='note'), _pairs_table(known.board, known.judged), *decisions, lost, *_published(known),
                    Details(Summary('Each recipe on its own task'), *_own_tables(known.board)))
 
 # %% ../nbs/36_report.ipynb #8f9268bf
 def _on_test(known, model, kept=False): return of_kind(model.recipe, *of_split(model.predictions, known.labels, 'test', kept))
 
-def _groups(known, best):
-    "AUROC, sensitivity and specificity by group, where there are such"
-    rows = known.every[(known.every['recipe'] == best.recipe) & (known.every['group'] != '') & (known.every['data'] == 'kept slices')]
-    for metric, name in dict(auroc='AUROC', sensitivity='sensitivity', specificity='specificity').items():
-        there = rows[(rows['metric'] == metric) & (rows['label'] == 'any')]
-        if len(there): yield inline(plot_groups(rows, metric), f'{name} of any by group of slices' + ', at the threshold with a specificity of .90 on valid'*(metric != 'auroc'))
-
 def _fails(known, best):
-    "The worst slices of the recipe of the headline"
+    "Of the recipe of the headline: the worst slices, groups, the surest slices"
     model = _model(known, best)
     p, t = of_split(with_any(model.predictions)[0], known.labels, 'test', kept=True)
-    return Section(H2('Where it fails'), P(f'Of {best.recipe} (seed {_first_seed(best)}), on test slices with enough brain, one slice a study, in the brain window.'), H3('The slices on which it is most wrong, twenty at most'), worst_slices(known.store, p, t), H3('By group'), Div(*_groups(known, best), cls='charts'),
+    of_groups = model.judged[(model.judged['group'] != '') & (model.judged['data'] == 'kept slices')]
+    charts = group_charts(of_groups, 'the threshold with a specificity of .90 on valid')
+    return Section(H2('Where it fails'), P(f'Of {best.recipe} (seed {_first_seed(best)}), on test slices with enough brain, one slice a study, in the brain window.'),
+                   H3('The slices on which it is most wrong, twenty at most'), worst_slices(known.store, p, t),
+                   H3('By group'), Div(*charts, cls='charts'),
                    H3('Surest, right and wrong'), extreme_slices(known.store, p, t, model.cuts.fillna(model.recipe.threshold)))
 
 def _calibration_table(known, best):
@@ -332,12 +327,10 @@ def _guards(known):
 def _trusted(known, best):
     model = _model(known, best)
     p, t = of_split(with_any(model.predictions)[0], known.labels, 'test', kept=True)
-    line = calibration_line(*of_split(with_any(model.predictions)[0], known.labels, 'valid', kept=True))
-    bent = line.ne((1, 0)).any(axis=1) & line['slope'].notna()
-    mended = [inline(plot_calibration(calibrated(p, line), t), 'Calibration after recalibration on the validation patients')] if bent.any() else []
-    few = '' if bent.any() else P('The validation patients are too few to recalibrate: ten with a label and ten without are wanted.', cls='note')
-    charts = [inline(plot_calibration(p, t), 'Calibration as trained: predicted probability against observed frequency'), *mended]
-    return Section(H2('Can it be trusted?'), _guards(known), _calibration_table(known, best), few, Div(*charts, cls='charts'))
+    bent = model.line.ne((1, 0)).any(axis=None)
+    few = f'The validation patients are too few to recalibrate: {FEWEST_TO_FIT} with a label and {FEWEST_TO_FIT} without are wanted.'
+    charts = calibration_charts(p, t, calibrated(p, model.line), 'the validation patients')
+    return Section(H2('Can it be trusted?'), _guards(known), _calibration_table(known, best), '' if bent else P(few, cls='note'), Div(*charts, cls='charts'))
 
 # %% ../nbs/36_report.ipynb #ebf2132a
 def _cost_table(board):
@@ -360,7 +353,8 @@ def _curves(known, model):
     p, t = _on_test(known, model)
     training = plot_training(model.folder)
     if training is not None: yield training, 'LR finder, loss, and AUROC on valid'
-    yield plot_roc(p, t, model.cuts, figures=model.auroc), "ROC; the dots are the thresholds that Youden's rule chose on valid"
+    yield plot_roc(p, t, model.cuts, figures=model.by_label('own slices', 'auroc')), "ROC; the dots are the thresholds that Youden's rule chose on valid"
+    yield plot_precision_recall(p, t, model.cuts, figures=model.by_label('own slices', 'average_precision')), 'Precision and recall; the same thresholds'
     yield plot_confusion(p, t, model.recipe.threshold), "Confusion at the recipe's own threshold"
     if model.cuts.notna().any(): yield plot_confusion(p, t, model.cuts), 'Confusion at the thresholds chosen on valid'
 
