@@ -15,7 +15,7 @@ from scipy import stats
 from .core import LABELS, pick
 from .explore import PLAIN
 from .page import figure_text
-from .intervals import FEW, FEWEST, difference_interval
+from .intervals import FEW, FEWEST, Behind, difference_interval
 
 # %% ../nbs/32b_board.ipynb #3c8ebb4d
 def holm(
@@ -33,29 +33,29 @@ def holm(
 def draws_of(
     judged:pd.DataFrame, # As in `judge.parquet`
     data:str='slices', # Or 'kept slices' or 'studies'
-)->tuple: # (draws: a column a recipe, [n + 1, recipes]; patients behind the figures)
+)->tuple: # (draws: a column a recipe, [n + 1, recipes]; the fewest patients behind any of them, as `Behind`)
     "The AUROC of `any` of each recipe on each resample"
     rows = judged[(judged['data'] == data) & judged['draws'].notna()]
     draws = pd.DataFrame({r.recipe: r.draws for r in rows.itertuples()}).dropna(axis=1, how='all')
-    return draws, int(rows['patients'].min()) if len(rows) else 0
+    return draws, Behind(int(rows['patients'].min()), rows['degrees'].min()) if len(rows) else Behind(0, 1.)
 
 def pairs(
-    draws:pd.DataFrame, patients:int, # From `draws_of`
+    draws:pd.DataFrame, behind:Behind, # From `draws_of`
     against:str=None, # Only the pairs with this recipe; all where None
 )->pd.DataFrame: # first, second, estimate, low, high (first - second), p, holm; without interval below 4 patients
     "How much better each recipe is than another, on the same resamples"
     names = [*draws]
     if against: pick(against, names, 'recipe')
     wanted = [(a, against) for a in names if a != against] if against else [(a, b) for i, a in enumerate(names) for b in names[i + 1:]]
-    rows = pd.DataFrame([dict(first=a, second=b, **_pair((draws[a] - draws[b]).to_numpy(), patients)) for a, b in wanted], columns=['first', 'second', 'estimate', 'low', 'high', 'p'])
+    rows = pd.DataFrame([dict(first=a, second=b, **_pair((draws[a] - draws[b]).to_numpy(), behind)) for a, b in wanted], columns=['first', 'second', 'estimate', 'low', 'high', 'p'])
     return rows.assign(holm=holm(rows['p']))
 
-def _pair(apart, k):
+def _pair(apart, behind):
     "Difference, interval and p-value"
-    if k < FEWEST or np.isnan(apart).all(): return dict(estimate=apart[0], low=np.nan, high=np.nan, p=np.nan)
-    se = np.nanstd(apart[1:])*np.sqrt(k/(k - 1))
-    low, high = difference_interval(apart[0], se, k, k - 1)
-    return dict(estimate=apart[0], low=low, high=high, p=2*stats.t.sf(abs(apart[0])/se, k - 1) if se > 0 else 1.)
+    if behind.patients < FEWEST or np.isnan(apart).all(): return dict(estimate=apart[0], low=np.nan, high=np.nan, p=np.nan)
+    se = behind.standard_error(apart[1:])
+    low, high = difference_interval(apart[0], se, behind)
+    return dict(estimate=apart[0], low=low, high=high, p=2*stats.t.sf(abs(apart[0])/se, behind.degrees) if se > 0 else 1.)
 
 # %% ../nbs/32b_board.ipynb #6fac87a1
 def ranking(
@@ -133,11 +133,11 @@ def own_row(
 # %% ../nbs/32b_board.ipynb #34f550b6
 def _compared(judged, names, slices):
     "By recipe: how much better than bright_pixels, and how often first"
-    draws, k = draws_of(judged[judged['recipe'].isin(names)], 'slices' if slices == 'all' else 'kept slices')
+    draws, behind = draws_of(judged[judged['recipe'].isin(names)], 'slices' if slices == 'all' else 'kept slices')
     if draws.empty: return pd.DataFrame(index=pd.Index([], name='recipe'))
     out = ranking(draws)[['first']]
     if 'bright_pixels' not in draws or draws.shape[1] < 2: return out
-    over = pairs(draws, k, 'bright_pixels').set_index('first').rename(columns=dict(estimate='over_bright_pixels', low='over_bright_pixels_low', high='over_bright_pixels_high', holm='over_bright_pixels_holm'))
+    over = pairs(draws, behind, 'bright_pixels').set_index('first').rename(columns=dict(estimate='over_bright_pixels', low='over_bright_pixels_low', high='over_bright_pixels_high', holm='over_bright_pixels_holm'))
     return out.join(over[[c for c in over if c.startswith('over_')]])
 
 def leaderboard(

@@ -64,7 +64,7 @@ def model_result(
     path = run.model(recipe, seed)/'result.json'
     return json.loads(path.read_text()) if path.exists() else {}
 
-_way = 'judged in one frame; seeds, points at .1 and .4, groups, lines, net benefit, published'  # How figures are made; those of another way are judged anew
+_way = 'judged in one frame; seeds, points at .1 and .4, groups, lines, net benefit, published; degrees of freedom by weight'  # How figures are made; those of another way are judged anew
 
 @lru_cache(maxsize=None)
 def _hash_of(path, changed, size): return hashlib.blake2b(path.read_bytes()).digest()

@@ -12,7 +12,7 @@ from fastcore.script import CliError
 from .core import LABELS
 from .metrics import Draws
 from .operating import POINTS, operating_points, predictive_values
-from .intervals import FEW, FEWEST, difference_interval, judged_values, patient_weights, resampled, share_interval
+from .intervals import FEW, FEWEST, behind, difference_interval, judged_values, loss_interval, patient_weights, resampled, share_interval
 
 # %% ../nbs/31d_decisions.ipynb #4395fc88
 def chosen_thresholds(
@@ -64,25 +64,18 @@ def _per_study(x, patient, weights):
     total, studies = draws.total(x.to_numpy()), draws.total(np.ones(len(x)))
     return np.divide(total, studies, out=np.full(len(total), np.nan), where=studies > 0)
 
-def _mean_interval(values, k):
-    "Of a mean without an upper end: by its logarithm"
-    estimate, se = values[0], np.nanstd(values[1:])*np.sqrt(k/(k - 1))
-    reach = difference_interval(0, se/estimate, k, k - 1)[1]
-    return estimate*np.exp(-reach), estimate*np.exp(reach)
-
-def _share_of_patients(values, k):
-    return share_interval(values[0], np.nanstd(values[1:])*np.sqrt(k/(k - 1)), k, k - 1)
-
 def _few(k):
     found = f'{k} patients with a study without the label'
     if k < FEWEST: return f'no interval: {found}'
     return f'only {found}' if k < FEW else ''
 
-def _alarm_row(x, patient, k, weights, interval):
+def _alarm_row(x, patient, weights, interval):
     "Estimate, interval and note of a mean of studies"
-    values, note = _per_study(x, patient, weights), _few(k)
-    if values[0] == 0 and interval is _mean_interval: note = f'no interval: no alarm in {k} patients'
-    low, high = (np.nan, np.nan) if note.startswith('no interval') else interval(values, k)
+    values, found = _per_study(x, patient, weights), behind(patient)
+    note = _few(found.patients)
+    if values[0] == 0 and interval is loss_interval: note = f'no interval: no alarm in {found.patients} patients'
+    if note.startswith('no interval'): return dict(estimate=values[0], low=np.nan, high=np.nan, note=note)
+    low, high = interval(values[0], found.standard_error(values[1:]), found)
     return dict(estimate=values[0], low=low, high=high, note=note)
 
 def _why_none(studies, told, threshold):
@@ -93,13 +86,12 @@ def _why_none(studies, told, threshold):
 
 def _alarm_rows(predictions, labels, label, threshold, n, seed):
     "Slices called a study, and share of studies with one, by metric"
-    intervals_ = {'alarms a study': _mean_interval, 'studies with a false alarm': _share_of_patients}
+    intervals_ = {'alarms a study': loss_interval, 'studies with a false alarm': share_interval}  # Alarms have no upper end
     studies, everyone = study_alarms(predictions, labels, label, threshold), np.sort(predictions['PatientID'].unique())
     none = _why_none(studies, predictions[label].notna().any(), threshold)
     if none: return {name: dict(estimate=np.nan, low=np.nan, high=np.nan, note=none) for name in intervals_}
-    patient, k = np.searchsorted(everyone, studies['PatientID']), studies['PatientID'].nunique()
-    weights, called = patient_weights(len(everyone), n, seed), studies['called']
-    return {name: _alarm_row(x, patient, k, weights, interval) for (name, interval), x in zip(intervals_.items(), (called, called > 0))}
+    patient, weights, called = np.searchsorted(everyone, studies['PatientID']), patient_weights(len(everyone), n, seed), studies['called']
+    return {name: _alarm_row(x, patient, weights, interval) for (name, interval), x in zip(intervals_.items(), (called, called > 0))}
 
 # %% ../nbs/31d_decisions.ipynb #c252275c
 _columns = ['data', 'group', 'version', 'point', 'label', 'metric', 'estimate', 'low', 'high', 'note']
@@ -154,10 +146,10 @@ def net_benefits(
     patient, names = pd.factorize(predictions['PatientID'], sort=True)
     draws = Draws(patient, patient_weights(len(names), n, seed))
     benefit, everyone = (net_benefit(of, t, thresholds, draws) for of in (p, np.ones(len(p))))
-    k = min(len(np.unique(patient[rows])) for rows in (t, ~t))
+    found = behind(patient, t, ~t)
     def interval(values):
-        if k < FEWEST: return np.full((2, len(values.T)), np.nan)
-        return difference_interval(values[0], values[1:].std(0)*np.sqrt(k/(k - 1)), k, k - 1)
+        if found.patients < FEWEST: return np.full((2, len(values.T)), np.nan)
+        return difference_interval(values[0], found.standard_error(values[1:]), found)
     gain = benefit - np.where(everyone[0] > 0, everyone, 0)
     columns = dict(zip(('estimate', 'low', 'high'), (benefit[0], *interval(benefit)))) | dict(all=everyone[0])
     columns |= dict(zip(('gain', 'gain_low', 'gain_high'), (gain[0], *interval(gain))))

@@ -14,7 +14,7 @@ from .core import LABELS
 from . import metrics
 from .metrics import Draws
 from .explore import COLORS
-from .intervals import FEWEST, intervals, patient_weights, share_interval
+from .intervals import FEWEST, behind, intervals, patient_weights, share_interval
 
 # %% ../nbs/31_figures.ipynb #97d90dc7
 def _spoken(predictions, labels):
@@ -135,8 +135,9 @@ def calibration(
     draws, per_bin = Draws(patient, patient_weights(len(names), n, seed)), pd.Series(p).groupby(where)
     def one(b):
         observed = metrics.recall(t*1., where == b, weights=draws)  # Of the bin's slices, the share that has the label
-        k = len(np.unique(patient[where == b]))
-        low, high = share_interval(observed[0], np.nanstd(observed[1:])*np.sqrt(k/(k - 1)), k, k - 1) if k >= FEWEST else (np.nan, np.nan)
+        found = behind(patient, where == b)
+        if found.patients < FEWEST: return dict(observed=observed[0], low=np.nan, high=np.nan)
+        low, high = share_interval(observed[0], found.standard_error(observed[1:]), found)
         return dict(observed=observed[0], low=low, high=high)
     return pd.DataFrame({b: one(b) for b in np.unique(where)}).T.assign(predicted=per_bin.mean(), rows=per_bin.size())
 

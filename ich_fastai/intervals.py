@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'COMBINED', 'FEWEST', 'FEW', 'toy_predictions', 'of_split', 'with_any', 'patient_weights', 'resampled',
-           'share_interval', 'difference_interval', 'patients_behind', 'metric_interval', 'interval_note',
-           'judged_values', 'intervals', 'difference']
+           'Behind', 'effective_number', 'behind', 'share_interval', 'loss_interval', 'difference_interval',
+           'patients_behind', 'metric_interval', 'interval_note', 'judged_values', 'intervals', 'difference']
 
 # %% ../nbs/30_intervals.ipynb #c7131ab6
+from typing import NamedTuple
+
 import numpy as np
 import pandas as pd
 from scipy import stats
@@ -114,13 +116,48 @@ def _resampled(predictions, labels, metric, n, seed, threshold):
 FEWEST = 4  # Patients with the label, below which there is no interval
 FEW = 20  # Patients, or patients with the label, below which an interval is called wide
 
+class Behind(NamedTuple):
+    "The patients that a figure rests on"
+    patients:int
+    degrees:float # Of freedom of its standard error
+
+    def standard_error(self,
+        resamples:np.ndarray, # [n] or [n, figures]; NaN where a figure is not defined
+    )->np.ndarray: # Of each figure
+        "That of so many patients, whose resamples spread a little too little"
+        return np.nanstd(resamples, axis=0)*np.sqrt(self.patients/(self.patients - 1))
+
+    def of_all(self): # Where all patients count, and those with the label most: twice the degrees
+        return self._replace(degrees=2*(self.degrees + 1))
+
+def effective_number(
+    patients, # [n] Whose each row is
+)->float:
+    "Kish's number of patients of equal weight, where each weighs as much as it has rows"
+    rows = pd.Series(np.asarray(patients)).value_counts()
+    return float(rows.sum()**2/(rows**2).sum()) if len(rows) else 0.
+
+def behind(
+    patients, # [n] Whose each row is
+    *groups, # bool [n]: the rows that a figure rests on, of each of which there must be patients; all rows where there is none
+)->Behind:
+    "The fewest patients of any of the groups"
+    patients = np.asarray(patients)
+    of_groups = [patients[np.asarray(group)] for group in groups] or [patients]
+    k = min(len(pd.unique(group)) for group in of_groups)
+    return Behind(k, max(min(map(effective_number, of_groups)) - 1, 1.))
+
+# %% ../nbs/30_intervals.ipynb #44bf556c
 def _t(degrees): return stats.t.ppf(.975, degrees)
 
-def share_interval(estimate, se, k, degrees): # Of a share, its standard error, the patients behind it, degrees of freedom
-    "Wilson's interval for as many independent observations as have this standard error, with t; the exact one of `k` patients at 0 and 1"
-    if not 0 < estimate < 1: return _one_sided(estimate, k)
+def share_interval(
+    estimate:float, se:float, # Of a share, and its standard error
+    behind:Behind,
+)->tuple: # (low, high)
+    "Wilson's interval for as many independent observations as have this standard error, with t; the exact one of the patients at 0 and 1"
+    if not 0 < estimate < 1: return _one_sided(estimate, behind.patients)
     if se == 0: return estimate, estimate  # As the AUROC of equal scores
-    n, t2 = estimate*(1 - estimate)/se**2, _t(degrees)**2
+    n, t2 = estimate*(1 - estimate)/se**2, _t(behind.degrees)**2
     middle = (estimate + t2/(2*n))/(1 + t2/n)
     half = np.sqrt(t2*(estimate*(1 - estimate)/n + t2/(4*n**2)))/(1 + t2/n)
     return max(0., middle - half), min(1., middle + half)
@@ -130,23 +167,26 @@ def _one_sided(estimate, k):
     reach = 1 - .025**(1/k)
     return (0., reach) if estimate <= 0 else (1 - reach, 1.)
 
-def _loss_interval(estimate, se, k, degrees):
-    "By the logarithm, which has no upper end"
+def loss_interval(
+    estimate:float, se:float, # Of a figure without an upper end, and its standard error
+    behind:Behind,
+)->tuple: # (low, high)
+    "By the logarithm, with Student's t"
     if estimate <= 0: return estimate, estimate
-    factor = np.exp(_t(degrees)*se/estimate)
+    factor = np.exp(_t(behind.degrees)*se/estimate)
     return estimate/factor, estimate*factor
 
-def difference_interval(estimate, se, k, degrees): # Of a difference, its standard error and the patients behind it
+def difference_interval(
+    estimate:float, se:float, # Of a difference, and its standard error
+    behind:Behind,
+)->tuple: # (low, high)
     "Student's t"
-    return estimate - _t(degrees)*se, estimate + _t(degrees)*se
+    reach = _t(behind.degrees)*se
+    return estimate - reach, estimate + reach
 
 # %% ../nbs/30_intervals.ipynb #c09a10c5
 _losses = 'log_loss', 'weighted_log_loss'
 _of_all = (*_losses, 'mse', 'accuracy', 'error_rate', 'accuracy_multi')
-
-def _degrees(metric, k):
-    "Degrees of freedom: of `k` patients, or twice as many where all patients count and those with the label count most"
-    return 2*k if metric in _of_all else k - 1
 
 def _rests_on(metric, p, t, cut):
     "The slices that a figure rests on, in groups; of each there must be patients"
@@ -158,19 +198,22 @@ def _rests_on(metric, p, t, cut):
 
 def patients_behind(
     predictions, labels:pd.DataFrame, # The same rows
-    metric:str, label:str,
+    metric:str, label:str, # 'all labels' for a figure over several
     threshold=.5, # As for `resampled`
-)->int:
-    "How many patients a figure of a label rests on: the fewest of those it needs"
-    def groups(frame, cut):
+)->Behind:
+    "Whom a figure of a label rests on: the fewest patients of those it needs"
+    def one(frame, cut):
+        if label not in labels: return behind(frame.PatientID, labels.any(axis=1))
         cut = cut if np.isscalar(cut) else cut[label]
-        return _rests_on(metric, frame[label].to_numpy(), labels[label].to_numpy(bool), cut)
-    return min(frame.PatientID[rows].nunique() for frame, cut in _by_seed(predictions, threshold) for rows in groups(frame, cut))
+        return behind(frame.PatientID, *_rests_on(metric, frame[label].to_numpy(), labels[label].to_numpy(bool), cut))
+    each = [one(*seed) for seed in _by_seed(predictions, threshold)]
+    fewest = Behind(*map(min, zip(*each)))
+    return fewest.of_all() if metric in _of_all else fewest
 
 # %% ../nbs/30_intervals.ipynb #3fe4ea0d
-def metric_interval(metric, estimate, se, k, degrees):
-    interval = _loss_interval if metric in _losses else share_interval
-    return interval(estimate, se, k, degrees)
+def metric_interval(metric, estimate, se, behind):
+    interval = loss_interval if metric in _losses else share_interval
+    return interval(estimate, se, behind)
 
 def _of_differences(metric, *spread): return difference_interval(*spread)
 
@@ -183,20 +226,22 @@ def interval_note(n, with_label, k):
 def _judged_label(predictions, labels, metric, label, column, threshold, interval):
     "Estimate, interval and note of a label, or of all of them"
     frame = _by_seed(predictions, threshold)[0][0]
-    estimate, se, empty = column.iloc[0], column.iloc[1:].std(ddof=0), dict(low=np.nan, high=np.nan)
+    estimate, empty = column.iloc[0], dict(low=np.nan, high=np.nan)
     if label in LABELS and frame[label].isna().all(): return dict(estimate=estimate, **empty, note='not predicted')
-    if np.isnan(estimate) or np.isnan(se): return dict(estimate=estimate, **empty, note='not defined here')
+    if np.isnan(estimate) or column.iloc[1:].isna().all(): return dict(estimate=estimate, **empty, note='not defined here')
     n, with_label = frame.PatientID.nunique(), frame.PatientID[labels.get(label, labels.any(axis=1))].nunique()
-    k = patients_behind(predictions, labels, metric, label, threshold) if label in labels else with_label
+    found = patients_behind(predictions, labels, metric, label, threshold)
+    k = found.patients
     note = interval_note(n, k + n if metric == 'specificity' else with_label, k)  # Which rests on patients without the label
-    low, high = (np.nan, np.nan) if note.startswith('no interval') else interval(metric, estimate, se*np.sqrt(k/(k - 1)), k, _degrees(metric, k))
+    if note.startswith('no interval'): return dict(estimate=estimate, **empty, note=note)
+    low, high = interval(metric, estimate, found.standard_error(column.iloc[1:]), found)
     return dict(estimate=estimate, low=low, high=high, note=note)
 
 def judged_values(
     predictions, labels:pd.DataFrame, metric:str, # As for `resampled`
     values:pd.DataFrame, # What `resampled` gave
     threshold=.5,
-    interval=metric_interval, # A function of metric, estimate, standard error, patients, degrees of freedom
+    interval=metric_interval, # A function of metric, estimate, standard error and the patients behind it
 )->pd.DataFrame: # By label: estimate, low, high, note
     "The intervals of resampled figures"
     rows = {label: _judged_label(predictions, labels, metric, label, column, threshold, interval) for label, column in values.items()}

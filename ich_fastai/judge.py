@@ -69,8 +69,9 @@ def _auroc(models, labels, n, seed):
     "AUROC by label; that of `any`, over all seeds, keeps its resamples"
     rows, values = judge_metric(models, labels, 'auroc', n, seed)
     ranks = (rows['label'] == 'any') & (rows['seeds'] == seeds_text(models))
-    behind = patients_behind([*models.values()], labels, 'auroc', 'any')
-    return rows.assign(draws=[values['any'].to_numpy() if one else None for one in ranks], patients=np.where(ranks, behind, np.nan))
+    found = patients_behind([*models.values()], labels, 'auroc', 'any')
+    whom = {name: np.where(ranks, value, np.nan) for name, value in found._asdict().items()}
+    return rows.assign(draws=[values['any'].to_numpy() if one else None for one in ranks], **whom)
 
 def _calibration(predictions, labels):
     "Slope, intercept and expected calibration error by label; no line where there are too few patients for one"
@@ -172,7 +173,7 @@ def _level(test, valid, n):
     return pd.concat([trained.assign(version='as trained'), then.assign(version='recalibrated')])
 
 # %% ../nbs/32_judge.ipynb #3a1fa3bc
-JUDGED_COLUMNS = ['data', 'group', 'point', 'version', 'label', 'metric', 'seeds', 'estimate', 'low', 'high', 'spread', 'note', 'patients', 'draws']
+JUDGED_COLUMNS = ['data', 'group', 'point', 'version', 'label', 'metric', 'seeds', 'estimate', 'low', 'high', 'spread', 'note', 'patients', 'degrees', 'draws']
 _own = dict(auroc='auroc', average_precision='average_precision', recall='recall', precision='precision', mse='mse')
 _of_calls = dict(accuracy='accuracy', error_rate='error_rate', recall='recall', precision='precision')
 
@@ -197,7 +198,7 @@ def judge_own(
     "How a recipe does its own task"
     kinds = {'own slices': False, 'own kept slices': True}
     rows = pd.concat([_own_task(recipe, models, labels, n, kept).assign(data=data) for data, kept in kinds.items()], ignore_index=True)
-    return rows.assign(group='', point='', version='as trained', patients=np.nan, draws=None).reindex(columns=JUDGED_COLUMNS)
+    return rows.assign(group='', point='', version='as trained', patients=np.nan, degrees=np.nan, draws=None).reindex(columns=JUDGED_COLUMNS)
 
 # %% ../nbs/32_judge.ipynb #fd2c80d9
 def _on_test(side, valid, recipe, n, calls):

@@ -22,7 +22,7 @@ from .data import make_loader, open_pictures
 from .metrics import Draws
 from .models import full_precision
 from .bundle import Bundle, load_bundle
-from .intervals import FEWEST, difference_interval, patient_weights
+from .intervals import FEWEST, behind, difference_interval, patient_weights
 from .subgroups import _open_truth, kept_masks, open_mask
 
 # %% ../nbs/31c_localization.ipynb #e4db1967
@@ -256,12 +256,12 @@ def mean_by_patient(
 )->dict: # estimate, low, high, note
     "A mean with its 95 % interval from drawing patients again"
     codes, names = pd.factorize(np.asarray(patients))
-    k, draws = len(names), Draws(codes, patient_weights(len(names), n, seed))
+    found, draws = behind(codes), Draws(codes, patient_weights(len(names), n, seed))
     means = draws.total(np.asarray(values, np.float64))/draws.total(np.ones(len(values)))
-    estimate, found = float(means[0]), f'{k} patients'
-    if k < FEWEST: return dict(estimate=estimate, low=np.nan, high=np.nan, note=f'no interval: {found}')
-    low, high = difference_interval(estimate, means[1:].std()*np.sqrt(k/(k - 1)), k, k - 1)
-    return dict(estimate=estimate, low=max(0., float(low)), high=min(1., float(high)), note=f'of {found}')
+    estimate, whom = float(means[0]), f'{found.patients} patients'
+    if found.patients < FEWEST: return dict(estimate=estimate, low=np.nan, high=np.nan, note=f'no interval: {whom}')
+    low, high = difference_interval(estimate, found.standard_error(means[1:]), found)
+    return dict(estimate=estimate, low=max(0., float(low)), high=min(1., float(high)), note=f'of {whom}')
 
 def judge_heatmaps(
     heatmaps:np.ndarray, # [n, h, w], from `heatmaps`

@@ -20,7 +20,7 @@ from fastcore.script import CliError
 
 from . import metrics
 from .core import TYPES, pick
-from .intervals import FEWEST, metric_interval, interval_note, intervals, of_split, patient_weights, resampled
+from .intervals import FEWEST, behind, metric_interval, interval_note, intervals, of_split, patient_weights, resampled
 from .labels import subset
 from .metrics import Draws
 from .recipes import Recipe, get_recipe, recipes
@@ -244,15 +244,14 @@ def _undefined(groups):
 def _interval_of(measured, predictions, labels):
     "Estimate, low, high, note"
     kind = 'log_loss' if measured.metric == 'types_log_loss' else measured.metric
-    estimate, se = measured.values[0], pd.Series(measured.values[1:]).std(ddof=0)
+    estimate, resamples = measured.values[0], measured.values[1:]
     nothing = dict(estimate=estimate, low=np.nan, high=np.nan)
-    if np.isnan(estimate) or np.isnan(se): return pd.Series(nothing | dict(note=_undefined(measured.groups)))
+    if np.isnan(estimate) or np.isnan(resamples).all(): return pd.Series(nothing | dict(note=_undefined(measured.groups)))
     patients = predictions['PatientID']
-    k = min(patients[group].nunique() for group in measured.groups)
-    note = interval_note(patients.nunique(), patients[labels['any'].to_numpy(bool)].nunique(), k)
-    if k < FEWEST: return pd.Series(nothing | dict(note=note))
-    degrees = 2*k if kind in _whole else k - 1
-    low, high = metric_interval(kind, estimate, se*np.sqrt(k/(k - 1)), k, degrees)
+    found = behind(patients, *measured.groups)
+    note = interval_note(patients.nunique(), patients[labels['any'].to_numpy(bool)].nunique(), found.patients)
+    if found.patients < FEWEST: return pd.Series(nothing | dict(note=note))
+    low, high = metric_interval(kind, estimate, found.standard_error(resamples), found.of_all() if kind in _whole else found)
     return pd.Series(dict(estimate=estimate, low=low, high=high, note=note))
 
 def _measure_any(predictions, labels, metric, share, even, n, seed, threshold):

@@ -125,7 +125,7 @@ def _floor_sentence(best, alone):
 
 def _luck_sentence(board, judged):
     "What the first place on test is worth"
-    draws, k = draws_of(judged[judged['recipe'].isin(on_any(board)['recipe'])])
+    draws, _ = draws_of(judged[judged['recipe'].isin(on_any(board)['recipe'])])
     if draws.shape[1] < 2: return []
     first = ranking(draws).iloc[0]
     luck = luck_of_first(draws)
@@ -204,9 +204,9 @@ def _any_tables(board):
 def _pairs_table(board, judged):
     "How the recipe of the headline stands to each other one"
     best = chosen_recipe(board)
-    draws, k = draws_of(judged[judged['recipe'].isin(on_any(board)['recipe'])])
+    draws, behind = draws_of(judged[judged['recipe'].isin(on_any(board)['recipe'])])
     if best is None or draws.shape[1] < 2: return ''
-    rows, first = pairs(draws, k, best.recipe), ranking(draws)['first']
+    rows, first = pairs(draws, behind, best.recipe), ranking(draws)['first']
     if rows['low'].isna().all(): return ''
     one = lambda r: {'recipe': r.first, 'difference': (f'{r.estimate:+.3f}', f'{r.low:+.3f} to {r.high:+.3f}'), 'p': f'{r.p:.3f}', 'p by Holm': f'{r.holm:.3f}', 'first on test, of resamples': f'{first[r.first]:.0%}'}
     caption = f'AUROC on any less that of {best.recipe}, on the same patients; {best.recipe} itself is first in {first[best.recipe]:.0%} of the resamples'
