@@ -278,6 +278,7 @@ def shown(mutant, passed, seconds):
     print(f'{verdict:9} {what} ({seconds:.0f} s)', flush=True)
 
 # Faster: a chapter runs once, and each fault from its cell on, in a fork of the chapter's process
+# A fork has no threads of the chapter's: where later cells wait for some (gloo in 25_distributed, workers in 11_metadata from its cell 36 on) a fault that survives so far takes the whole chapter
 
 def run_cell(cell, names):
     "The exception that a cell raises, or None"
@@ -320,7 +321,7 @@ def noticed_by(mutant, cells, module, names):
 
 def in_fork(fn, folder):
     "What `fn` says, in a process of its own; what it does to the temporary files is undone"
-    shutil.copytree(folder, f'{folder}-kept')
+    subprocess.run(['cp', '-a', folder, f'{folder}-kept'], check=True)  # Also a circle of links and a pipe, as 11_metadata has them
     if (pid := os.fork()) == 0:
         code = 2  # It broke down
         try: code = int(fn())
