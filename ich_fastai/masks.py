@@ -62,8 +62,12 @@ _images = '.png', '.jpg', '.jpeg'
 
 def _counts(masks):
     "Pixels of each label [n, 6], of masks [n, rows, columns] of types"
-    of_types = [np.count_nonzero(masks >> i & 1, axis=(1, 2)) for i in range(len(TYPES))]
-    return np.stack([*of_types, np.count_nonzero(masks, axis=(1, 2))], axis=1).astype(np.float64)
+    counts, bleeding = np.zeros((len(masks), len(LABELS))), masks.any((1, 2))  # Most slices show no blood
+    blood = masks[bleeding]
+    for i, label in enumerate(LABELS):
+        of_label = blood if label == 'any' else blood >> TYPES.index(label) & 1
+        counts[bleeding, i] = np.count_nonzero(of_label, axis=(1, 2))
+    return counts
 
 def _truth_rows(path):
     masks, images = open_truth(path)
