@@ -15,6 +15,7 @@ from .series import *
 from .metadata import *
 from .labels import *
 from .folds import *
+from .masks import *
 from .clean import *
 from .explore import *
 from .page import *

@@ -151,6 +151,14 @@ def _metadata_summary(run):
         say(f'{len(noted):,} slices are odd and kept, see `notes` in {run.file("metadata")}:', *_counted(kinds, noted.fname.reindex(kinds.index)))
     if len(errors): say(f'{_many(len(errors), "file")} gave no slice, see {run.path/"errors.csv"}:', *_counted(errors.message, errors.index.to_series()))
 
+def _masks_summary(run):
+    "How many masks are kept, and what they do not tell"
+    if not run.has('masks'): return
+    kept = run.read('masks', columns=['any', 'pixel_mm2', 'mask'])
+    there, lacking = kept[kept['mask'] != ''], int(kept['any'].isna().sum())
+    say(f'masks of {_many(len(there), "slice")}, {int((there["any"] > 0).sum()):,} of them with blood' + f'; {_many(lacking, "slice")} with a bleed and without a mask'*(lacking > 0))
+    if there['pixel_mm2'].isna().any(): say('nothing says how large a pixel is, so the areas are in pixels and bleeds are not judged by their size: give `--masks FOLDER --spacing MM`')
+
 def _labels_summary(labels, split, facts):
     if split is None: return say('no patient is known, so a split by patient is not possible and none was made: give --patients, or --no-patients to take each image for a patient of its own')
     found = labels.loc[split.index]
@@ -183,7 +191,8 @@ def _duration(seconds):
 @command('ich-metadata rsna/stage_2_train run --labels rsna/stage_2_train.csv', 'ich-metadata /data/ct run --dry                      # what it will take; writes nothing',
          'ich-metadata studies.zip run --n-workers 8',
          'ich-metadata studies.zip run --labels labels.csv --test .2 --valid .1', 'ich-metadata studies.zip run --labels labels.csv --split split.csv      # columns PatientID,split',
-         'ich-metadata images run --window brain --patients who.csv --labels wide.csv        # PNG or JPEG files')
+         'ich-metadata images run --window brain --patients who.csv --labels wide.csv        # PNG or JPEG files',
+         'ich-metadata heads/stage_2_train run --labels heads/stage_2_train.csv --masks heads/truth')
 def metadata(
     src:str, # A folder of DICOM files, nested as you like, or a zip archive; with --window a folder of PNG or JPEG files
     run:str, # The run folder to make
@@ -203,12 +212,14 @@ def metadata(
     valid:float=None, # Share of the patients that validate: chooses epochs, thresholds, calibration; 0.15 where nothing is said
     test:float=None, # Share of the patients that test, also 0.15
     split:str='', # In place of a drawn split a CSV file with the columns PatientID,split or StudyInstanceUID,split or image,split, where split is train, valid or test
+    masks:str='', # Pixel masks of the bleeds, to judge labelled slices by: a folder of npz files as phantoms write them, or of images named as the slices, white where there is blood
+    spacing:float=None, # mm from pixel to pixel, for the masks of slices whose headers do not say it; without it their areas stay in pixels
     force:bool=False, # Replace labels and split even where that voids trained models?
     quiet:bool=False, # No progress bars, no summary
 ):
     "Read every DICOM file, or 8-bit image of a window, into a frame of metadata, and the label file into labels and a split by patient"
     from ich_fastai.core import Run
-    from ich_fastai.intake import check_source, chosen_split, keep_labels, read_into, run_salt, same_source
+    from ich_fastai.intake import check_source, chosen_masks, chosen_split, keep_labels, read_into, run_salt, same_source
     from ich_fastai.labels import read_labels
     source = check_source(src, run)  # A wrong path must not leave a run folder behind, nor a wrong label file cost a long reading
     files, gray = _gray_source(source, window, second, second_window, patients, no_patients)
@@ -216,13 +227,15 @@ def metadata(
     shares = {side: share for side, share in dict(valid=valid, test=test).items() if share is not None}
     sides, shares = chosen_split(labels, split, **shares)
     truth = None if labels is None else read_labels(labels)
+    blood = chosen_masks(masks, truth, run, spacing)
     with Run(os.path.abspath(run), create=True).locked() as folder, _executor(scheduler, source, os.path.abspath(run)) as executor:
         same_source(folder, source, deidentify)
         folder.record(source=source, series=series or [], **gray)  # Before the reading: an interrupted run must know its own source again
         salt = run_salt(folder) if deidentify else None
         made = read_into(folder, files, truth, os.path.abspath(labels or ''), seed, partial(_refuse_to_void, folder, force), salt,
-                         shares, sides, n_workers=n_workers, executor=executor, max_mb=max_mb, series=series or ())
+                         shares, sides, blood, n_workers=n_workers, executor=executor, max_mb=max_mb, series=series or ())
         _metadata_summary(folder)
+        _masks_summary(folder)
         if made is None: return say('labels and split are as they were' if folder.has('split') else 'no labels: give them with `--labels FILE` to train', f'next: `ich-clean {run}`')
         keep_labels(folder, *made)
         _labels_summary(*made)
@@ -414,6 +427,7 @@ def demo(
 def _demo(folder, quick, seed):
     from ich_fastai.intake import clean_into, keep_labels, read_into
     from ich_fastai.labels import read_labels
+    from ich_fastai.masks import find_masks
     from ich_fastai.phantom import PREVALENCE, write_phantoms
     from ich_fastai.recipes import get_recipe
     phantoms = folder.path/'phantoms'
@@ -424,8 +438,9 @@ def _demo(folder, quick, seed):
     if not folder.has('split'):
         labels = phantoms/'stage_2_train.csv'
         shares = dict(valid=.12, test=.25)  # A wide test side, for narrower intervals
-        keep_labels(folder, *read_into(folder, phantoms/'stage_2_train', read_labels(labels), labels, seed, shares=shares))
+        keep_labels(folder, *read_into(folder, phantoms/'stage_2_train', read_labels(labels), labels, seed, shares=shares, masks=find_masks(phantoms/'truth')))
         _metadata_summary(folder)
+        _masks_summary(folder)
     say('3/4 clean images')
     clean_into(folder, 64 if quick else 128)
     say('4/4 train and compare')

@@ -264,7 +264,7 @@ def ahead(
     finally:
         for future in waiting: future.cancel()
 
-_limits = dict(n_workers=(0, 1024), seed=(0, 2**32 - 1), max_mb=(1, 2**20), n_studies=(1, 10**6), epochs=(0, 10_000), checkpoint_minutes=(0, 10**6), scale=(.01, 1), min_brain=(0, 1))
+_limits = dict(n_workers=(0, 1024), seed=(0, 2**32 - 1), max_mb=(1, 2**20), n_studies=(1, 10**6), epochs=(0, 10_000), checkpoint_minutes=(0, 10**6), scale=(.01, 1), min_brain=(0, 1), spacing=(.01, 10))
 
 def check_options(
     **options, # By the name of the parameter
@@ -400,7 +400,7 @@ def only_one(
 
 # %% ../nbs/00_core.ipynb #40a50f50
 _made_by = dict(metadata='ich-metadata SRC {run}', errors='ich-metadata SRC {run}', series='ich-metadata SRC {run}', labels='ich-metadata SRC {run} --labels FILE',
-                split='ich-metadata SRC {run} --labels FILE', index='ich-clean {run}')
+                split='ich-metadata SRC {run} --labels FILE', masks='ich-metadata SRC {run} --labels FILE --masks FOLDER', index='ich-clean {run}')
 
 def _facts(folder):
     path = folder/'run.json'
@@ -464,7 +464,7 @@ class Run:
             if not self.has(name): raise CliError(f'no {self.file(name)}: make it with `{_made_by[name].format(run=self.root)}`')
 
     def read(self,
-        name:str, # 'metadata', 'series', 'errors', 'labels', 'split' or 'index'
+        name:str, # 'metadata', 'series', 'errors', 'labels', 'split', 'masks' or 'index'
         columns=None, # The columns wanted; all where None
     ): # DataFrame
         "The frame `name`, or an error that names the command that makes it"

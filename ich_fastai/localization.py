@@ -17,13 +17,13 @@ from scipy import ndimage
 from fastcore.script import CliError
 
 from .core import LABELS, TYPES, Run, pick
+from .masks import kept_masks, open_mask, open_truth
 from .clean import Store, crop, resize
 from .data import make_loader, open_pictures
 from .metrics import Draws
 from .models import full_precision
 from .bundle import Bundle, load_bundle
 from .intervals import FEWEST, behind, difference_interval, patient_weights
-from .subgroups import _open_truth, kept_masks, open_mask
 
 # %% ../nbs/31c_localization.ipynb #e4db1967
 def _stored_mask(mask, box, size):
@@ -39,7 +39,7 @@ def _masks_of(rows):
     "(image, mask) of each row with a mask; each npz is opened once"
     for path, of_file in rows[rows['mask'] != ''].groupby('mask', sort=False):
         of_npz = (of_file['row'] >= 0).all()
-        masks = _open_truth(path)[0] if of_npz else None
+        masks = open_truth(path)[0] if of_npz else None
         for image, row in of_file['row'].items(): yield image, masks[row] if of_npz else open_mask(path)
 
 def read_masks(
