@@ -19,9 +19,10 @@ from .recipes import Recipe, finder, get_recipe, read_recipe
 from .labels import check_patients, subset
 from .study import StudyRule
 from .intervals import with_any
-from .subgroups import judge_subgroups
+from .subgroups import FIXED, judge_subgroups
 from .judge import judge_decisions, judge_own, judge_recipe, seeds_text, slices_text
 from .board import leaderboard, sort_board
+from .localization import has_heatmaps, judge_localization
 from .published import judge_published
 
 # %% ../nbs/35_compare.ipynb #306e3ba6
@@ -64,7 +65,7 @@ def model_result(
     path = run.model(recipe, seed)/'result.json'
     return json.loads(path.read_text()) if path.exists() else {}
 
-_way = 'judged in one frame; seeds, points at .1 and .4, groups, lines, net benefit, published; degrees of freedom by weight'  # How figures are made; those of another way are judged anew
+_way = 'judged in one frame; seeds, points at .1 and .4, groups, lines, net benefit, published, heatmaps; degrees of freedom by weight'  # How figures are made; those of another way are judged anew
 
 @lru_cache(maxsize=None)
 def _hash_of(path, changed, size): return hashlib.blake2b(path.read_bytes()).digest()
@@ -90,7 +91,7 @@ def _judge(run, recipe, models, labels, n, judged):
     seeds = list(models)
     rules = {seed: StudyRule(**model_result(run, recipe.name, seed).get('study_rule', {})) for seed in seeds}
     published = judge_published(recipe, models, labels, run.path/'models'/recipe.name, n).assign(seeds=seeds_text(seeds), point='')
-    parts = [judge_recipe(recipe, models, labels, rules, n), judge_decisions(models, labels, rules, n), _groups(run, models, rules, n), published]
+    parts = [judge_recipe(recipe, models, labels, rules, n), judge_decisions(models, labels, rules, n), _groups(run, models, rules, n), published, *_localization(run, recipe, models, n)]
     own = pd.concat(parts, ignore_index=True).assign(recipe=recipe.name, task=_task(recipe), made_of=_made_of(run, n, recipe.name, seeds))
     return [own, *_references(run, recipe, next(iter(models.values())), labels, n, judged)]
 
@@ -98,7 +99,16 @@ def _groups(run, models, rules, n):
     "Figures by scanner, thickness, position, age, sex, contrast and size of bleed, of the first seed's model"
     seed = next(iter(models))
     rows = judge_subgroups(run, with_any(models[seed])[0], rules[seed], n=n)
-    return rows[(rows['group'] != '') & rows['estimate'].notna()].assign(seeds=str(seed), point='specificity .90')
+    return rows[(rows['group'] != '') & rows['estimate'].notna()].assign(seeds=str(seed), point=FIXED)
+
+def _localization(run, recipe, models, n):
+    "How well the first seed's heatmaps point at the bleeds of test, where the run has masks and the model heatmaps"
+    seed, predictions = next(iter(models.items()))
+    path = run.model(recipe.name, seed)/'bundle'
+    if not (run.has('masks') and has_heatmaps(recipe) and path.exists()): return
+    test = predictions[(predictions['split'] == 'test') & predictions['kept']]
+    rows = judge_localization(path, run, test, n=n)
+    if len(rows): yield rows.assign(seeds=str(seed), point='')
 
 def _references(run, recipe, predictions, labels, n, judged):
     "The prevalence's figures for `any`, and for the recipe's own task, where they are not known"

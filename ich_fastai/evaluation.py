@@ -21,9 +21,11 @@ from .clean import Store
 from .shift import plot_shift, read_headers, shift, shift_findings
 from .bundle import Bundle, load_bundle
 from .figures import plot_confusion, plot_precision_recall, plot_roc
-from .subgroups import bleed_sizes, judge_groups, slice_groups
+from .subgroups import FIXED, bleed_sizes, judge_groups, judge_sizes, slice_groups
+from .study import by_study
 from .failures import extreme_slices, worst_slices
-from .sections import calibration_charts, decisions_table, group_charts, net_benefit_charts
+from .localization import judge_localization
+from .sections import calibration_charts, decisions_table, group_charts, heatmap_figure, localization_table, net_benefit_charts, sizes_tables
 from .external import check_side, judge_bundle, learned_here, other_predictions, recalibrated
 
 # %% ../nbs/46_evaluation.ipynb #9e4da5a2
@@ -117,11 +119,18 @@ def groups_here(
     bundle:Bundle, run:Run,
     predictions:pd.DataFrame, labels:pd.DataFrame, # By image, the same rows
     n:int=1000, seed:int=0, # Resamples
-)->pd.DataFrame: # As from `judge_groups`, of slices with enough brain at the bundle's thresholds
-    "Figures by scanner, thickness, position, age, sex, contrast, and size of bleed where the run has masks"
+)->pd.DataFrame: # As from `judge_groups`, at the bundle's thresholds
+    "Figures by scanner, thickness, position, age, sex, contrast; where the run has masks, by size of bleed, and sensitivity by size and type at a fixed specificity"
     kept = predictions['kept'].to_numpy(bool)
-    volumes = bleed_sizes(run)[1] if run.has('masks') else None
-    return judge_groups(predictions[kept], labels[kept], slice_groups(run.read('metadata'), volumes), bundle.operating().threshold, n, seed)
+    areas, volumes = bleed_sizes(run) if run.has('masks') else (None, None)
+    by_header = judge_groups(predictions[kept], labels[kept], slice_groups(run.read('metadata'), volumes), bundle.operating().threshold, n, seed)
+    by_header = by_header.assign(point='Youden')
+    if areas is None: return by_header
+    def sizes(p, t, of_it, of, level): return judge_sizes(p, t, of_it, bundle.operating(level, FIXED).threshold, of, n, seed)
+    of_slices = sizes(predictions[kept], labels[kept], areas, 'area', 'slice')
+    of_studies = sizes(*by_study(predictions, labels, bundle.rule), volumes, 'volume', 'study')
+    by_size = pd.concat([of_slices, of_studies]).query("group != ''").assign(point=FIXED)
+    return pd.concat([by_header, by_size], ignore_index=True)
 
 def evaluation_page(
     bundle:Bundle, run:Run,
@@ -138,10 +147,16 @@ def evaluation_page(
     cuts, store = bundle.operating().threshold.fillna(bundle.recipe.threshold), Store(run.images)
     good = _good(bundle, p, t, judged)
     fails = Section(H2('Where it fails'), H3('The slices on which it is most wrong, twenty at most'), worst_slices(store, p, t),
-                    H3('By group'), Div(*group_charts(groups, 'its own threshold'), cls='charts'), H3('Surest, right and wrong'), extreme_slices(store, p, t, cuts))
+                    H3('By group'), Div(*group_charts(groups, 'its own threshold'), cls='charts'), *sizes_tables(groups), H3('Surest, right and wrong'), extreme_slices(store, p, t, cuts),
+                    *_where_it_looks(bundle, run, judged, p.index))
     charts = calibration_charts(p, t, recalibrated(p, t)[0], 'other patients of this run', n)
     trusted = Section(H2('Can it be trusted?'), *_shift_section(shifted), H3('Calibration'), Div(*charts, cls='charts'))
     return page(f'{bundle.recipe.name} on {of}', _head(bundle, run, predictions, labels, judged, shifted, of), good, fails, trusted, _about(bundle, run))
+
+def _where_it_looks(bundle, run, judged, images):
+    "Its heatmaps against masks, where they were judged"
+    places = localization_table(judged)
+    return [H3('Where it looks'), places, heatmap_figure(bundle, run, images)] if places else []
 
 def _good(bundle, p, t, judged):
     "Figures by label, what thresholds are worth, curves"
@@ -198,6 +213,13 @@ def _write_shift(shifted, path):
     plain.attrs = {}  # What the validation patients had stays in the bundle
     with write_whole(path) as part: plain.to_parquet(part)
 
+def _judged(bundle, run, predictions, labels, n, seed):
+    "All figures, with those of heatmaps where the run has masks"
+    judged = judge_bundle(bundle, predictions, labels, n, seed)
+    if not run.has('masks'): return judged
+    places = judge_localization(bundle, run, predictions[predictions['kept']], n=n, seed=seed)
+    return pd.concat([judged, places.assign(point='')], ignore_index=True).reindex(columns=list(judged)) if len(places) else judged
+
 def evaluate_bundle(
     bundle, # The folder of a bundle
     run, # A run folder with labels and an image store: another hospital's, say
@@ -215,7 +237,7 @@ def evaluate_bundle(
     with only_one(folder, 'wait until it ends'):
         predictions = _predicted(folder, _key(bundle, run, side), lambda: other_predictions(bundle, run, side))
         labels = run.read('labels').loc[predictions.index, list(LABELS)]
-        judged = judge_bundle(loaded, predictions, labels, n, seed)
+        judged = _judged(loaded, run, predictions, labels, n, seed)
         shifted = _shift_of(loaded, run, predictions)
         groups = groups_here(loaded, run, predictions, labels, n, seed)
         html = evaluation_page(loaded, run, predictions, labels, judged, groups, shifted, n, side)

@@ -28,7 +28,8 @@ from .judge import of_kind
 from .published import published_table
 from .board import draws_of, interval_text, luck_of_first, pairs, plot_board, ranking, whole_recipe
 from .failures import extreme_slices, worst_slices
-from .sections import calibration_charts, decisions_table, group_charts, net_benefit_charts
+from .bundle import load_bundle
+from .sections import calibration_charts, decisions_table, group_charts, heatmap_figure, localization_table, net_benefit_charts, sizes_tables
 from .compare import folds_of_board, model_result, read_board, read_judged
 
 # %% ../nbs/36_report.ipynb #4e20c24a
@@ -300,12 +301,18 @@ def _fails(known, best):
     "Of the recipe of the headline: the worst slices, groups, the surest slices"
     model = _model(known, best)
     p, t = of_split(with_any(model.predictions)[0], known.labels, 'test', kept=True)
-    of_groups = model.judged[(model.judged['group'] != '') & (model.judged['data'] == 'kept slices')]
+    of_groups = model.judged[(model.judged['group'] != '') & (model.judged['data'] != 'published')]
     charts = group_charts(of_groups, 'the threshold with a specificity of .90 on valid')
     return Section(H2('Where it fails'), P(f'Of {best.recipe} (seed {_first_seed(best)}), on test slices with enough brain, one slice a study, in the brain window.'),
                    H3('The slices on which it is most wrong, twenty at most'), worst_slices(known.store, p, t),
-                   H3('By group'), Div(*charts, cls='charts'),
-                   H3('Surest, right and wrong'), extreme_slices(known.store, p, t, model.cuts.fillna(model.recipe.threshold)))
+                   H3('By group'), Div(*charts, cls='charts'), *sizes_tables(of_groups),
+                   H3('Surest, right and wrong'), extreme_slices(known.store, p, t, model.cuts.fillna(model.recipe.threshold)),
+                   *_where_it_looks(known, model, p.index))
+
+def _where_it_looks(known, model, images):
+    "Its heatmaps against masks, where they were judged"
+    judged = localization_table(model.judged)
+    return [H3('Where it looks'), judged, heatmap_figure(load_bundle(model.folder/'bundle'), known.run, images)] if judged else []
 
 def _calibration_table(known, best):
     "Slope, intercept, calibration error and losses before and after"
