@@ -18,14 +18,14 @@ from fastcore.xml import Div, H1, H2, H3, Header, P, Pre, Section, Span, Strong
 from .core import LABELS, Run, check_options, only_one, versions, write_whole
 from .page import banners, figure_text, in_words, inline, page, source_kind, table
 from .clean import Store
-from .shift import plot_shift, read_headers, shift, shift_findings
+from .shift import read_headers, shift, shift_findings
 from .bundle import Bundle, load_bundle
 from .figures import plot_confusion, plot_precision_recall, plot_roc
 from .subgroups import FIXED, bleed_sizes, judge_groups, judge_sizes, slice_groups
 from .study import by_study
 from .failures import extreme_slices, worst_slices
 from .localization import judge_localization
-from .sections import calibration_charts, decisions_table, group_charts, heatmap_figure, localization_table, net_benefit_charts, sizes_tables
+from .sections import calibration_charts, decisions_table, group_charts, heatmap_figure, localization_table, net_benefit_charts, shift_section, sizes_tables
 from .external import check_side, judge_bundle, learned_here, other_predictions, recalibrated
 
 # %% ../nbs/46_evaluation.ipynb #9e4da5a2
@@ -93,12 +93,6 @@ def _charts(bundle, p, t, judged):
     yield plot_precision_recall(p, t, cuts, figures=figures('average_precision')), 'Precision and recall by slice; the same thresholds'
     if cuts.notna().any(): yield plot_confusion(p, t, cuts), 'Confusion at its own thresholds'
 
-def _shift_section(shifted):
-    "How far these scans are from those of the training"
-    known = shifted.attrs['parts'] and len(shifted)
-    chart = inline(plot_shift(shifted), 'Distance of each study from the training slices, by HU and by what the network makes of them') if known and shifted['embedding_distance'].notna().any() else ''
-    return [H3('Are these scans like those of its training?'), *[P(sentence) for sentence in shift_findings(shifted)], chart]
-
 def _about(bundle, run):
     "How the model was made, and how to make the page again"
     lines = Pre('\n'.join(f'{key} = {value!r}' for key, value in bundle.extra.get('versions', {}).items()))
@@ -150,7 +144,7 @@ def evaluation_page(
                     H3('By group'), Div(*group_charts(groups, 'its own threshold'), cls='charts'), *sizes_tables(groups), H3('Surest, right and wrong'), extreme_slices(store, p, t, cuts),
                     *_where_it_looks(bundle, run, judged, p.index))
     charts = calibration_charts(p, t, recalibrated(p, t)[0], 'other patients of this run', n)
-    trusted = Section(H2('Can it be trusted?'), *_shift_section(shifted), H3('Calibration'), Div(*charts, cls='charts'))
+    trusted = Section(H2('Can it be trusted?'), *shift_section(shifted), H3('Calibration'), Div(*charts, cls='charts'))
     return page(f'{bundle.recipe.name} on {of}', _head(bundle, run, predictions, labels, judged, shifted, of), good, fails, trusted, _about(bundle, run))
 
 def _where_it_looks(bundle, run, judged, images):
@@ -205,8 +199,7 @@ def _predicted(folder, key, make):
 
 def _shift_of(bundle, run, predictions):
     "How far the studies that are judged are from those of the training"
-    whole = shift(bundle, Store(run.images), read_headers(run))
-    return whole[whole.index.isin(predictions['StudyInstanceUID'])]
+    return shift(bundle, Store(run.images), read_headers(run), studies=predictions['StudyInstanceUID'].unique())
 
 def _write_shift(shifted, path):
     plain = shifted.drop(columns='PatientID')

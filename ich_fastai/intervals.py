@@ -127,9 +127,6 @@ class Behind(NamedTuple):
         "That of so many patients, whose resamples spread a little too little"
         return np.nanstd(resamples, axis=0)*np.sqrt(self.patients/(self.patients - 1))
 
-    def of_all(self): # Where all patients count, and those with the label most: twice the degrees
-        return self._replace(degrees=2*(self.degrees + 1))
-
 def effective_number(
     patients, # [n] Whose each row is
 )->float:
@@ -140,12 +137,13 @@ def effective_number(
 def behind(
     patients, # [n] Whose each row is
     *groups, # bool [n]: the rows that a figure rests on, of each of which there must be patients; all rows where there is none
+    weigh:bool=False, # Degrees of freedom of the effective number?
 )->Behind:
     "The fewest patients of any of the groups"
     patients = np.asarray(patients)
     of_groups = [patients[np.asarray(group)] for group in groups] or [patients]
     k = min(len(pd.unique(group)) for group in of_groups)
-    return Behind(k, max(min(map(effective_number, of_groups)) - 1, 1.))
+    return Behind(k, max(min(map(effective_number, of_groups)) - 1, 1.) if weigh else k - 1.)
 
 # %% ../nbs/30_intervals.ipynb #44bf556c
 def _t(degrees): return stats.t.ppf(.975, degrees)
@@ -187,6 +185,7 @@ def difference_interval(
 # %% ../nbs/30_intervals.ipynb #c09a10c5
 _losses = 'log_loss', 'weighted_log_loss'
 _of_all = (*_losses, 'mse', 'accuracy', 'error_rate', 'accuracy_multi')
+_ranks = 'auroc', 'average_precision'
 
 def _rests_on(metric, p, t, cut):
     "The slices that a figure rests on, in groups; of each there must be patients"
@@ -205,10 +204,10 @@ def patients_behind(
     def one(frame, cut):
         if label not in labels: return behind(frame.PatientID, labels.any(axis=1))
         cut = cut if np.isscalar(cut) else cut[label]
-        return behind(frame.PatientID, *_rests_on(metric, frame[label].to_numpy(), labels[label].to_numpy(bool), cut))
+        return behind(frame.PatientID, *_rests_on(metric, frame[label].to_numpy(), labels[label].to_numpy(bool), cut), weigh=metric in _ranks)
     each = [one(*seed) for seed in _by_seed(predictions, threshold)]
     fewest = Behind(*map(min, zip(*each)))
-    return fewest.of_all() if metric in _of_all else fewest
+    return fewest._replace(degrees=2.*fewest.patients) if metric in _of_all else fewest
 
 # %% ../nbs/30_intervals.ipynb #3fe4ea0d
 def metric_interval(metric, estimate, se, behind):

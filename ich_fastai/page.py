@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import matplotlib.pyplot as plt
 from PIL import Image
-from fastcore.xml import (Body, Br, Caption, Div, Figcaption, Figure, Footer, H1, H2, Head, Header, Html, Img, Main, Meta, P,
+from fastcore.xml import (Body, Br, Div, Figcaption, Figure, Footer, H1, H2, Head, Header, Html, Img, Main, Meta, P,
                           Safe, Small, Span, Strong, Style, Table, Tbody, Td, Th, Thead, Title, Tr, to_xml)
 from .core import Run, write_whole
 from .series import in_use
@@ -87,7 +87,8 @@ def table(
         return Td(*inner, cls='text' if key in text else None)
     head = Thead(Tr(*[Th(k, cls='text' if k in text else None) for k in rows[0] if k != '_cls']))
     body = [Tr(*[cell(k, v) for k, v in r.items() if k != '_cls'], cls=r.get('_cls')) for r in rows]
-    return Div(Table(Caption(caption) if caption else '', head, Tbody(*body)), cls='wide')
+    rows_ = Div(Table(head, Tbody(*body), aria_label=caption or None), cls='wide')
+    return Div(P(caption, cls='caption'), rows_) if caption else rows_
 
 # %% ../nbs/15_page.ipynb #913c5044
 _css = '''
@@ -113,12 +114,13 @@ h3 { font-size: 1.1rem; margin: 2rem 0 .3rem; }
 .note { font-size: .88rem; }
 .wide { overflow-x: auto; margin: 1rem 0 1.6rem; }
 table { border-collapse: collapse; font-size: .82rem; font-variant-numeric: tabular-nums; line-height: 1.3; }
-caption { text-align: left; font-weight: 600; padding: .3rem 0; font-size: .9rem; caption-side: top; }
+.caption { font-weight: 600; font-size: .9rem; margin: 1.4rem 0 0; }
+.caption + .wide { margin-top: .2rem; }
 th { font-weight: 600; border-bottom: 2px solid var(--line); vertical-align: bottom; }
 th, td { text-align: right; padding: .34rem .55rem; }
 td { border-bottom: 1px solid var(--line); vertical-align: top; }
 th.text, td.text { text-align: left; }
-td:first-child, th:first-child { padding-left: 0; }
+td:first-child, th:first-child { padding-left: 0; position: sticky; left: 0; background: var(--paper); }
 td small { font-size: .72rem; white-space: nowrap; }
 tr.reference td { color: var(--soft); font-style: italic; }
 figure { margin: 1rem 0; }
@@ -142,6 +144,7 @@ footer { margin-top: 4rem; border-top: 1px solid var(--line); padding-top: 1rem;
   figure:not(.slice) { overflow-x: auto; }
   figure:not(.slice) img { max-width: none; }
   pre { columns: 1; }
+  td:first-child, th:first-child { max-width: 9.5rem; overflow-wrap: anywhere; }
   .groups { grid-template-columns: 1fr; }
   .row { flex-wrap: wrap; }
 }
@@ -151,7 +154,7 @@ footer { margin-top: 4rem; border-top: 1px solid var(--line); padding-top: 1rem;
   main { max-width: none; padding: 0; }
   body { font-size: 11pt; }
   figure, tr, .group, pre { break-inside: avoid; }
-  h2, h3, caption { break-after: avoid; }
+  h2, h3, .caption { break-after: avoid; }
   .wide { overflow: visible; }
   details::details-content { content-visibility: visible; height: auto; }
 }

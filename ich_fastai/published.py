@@ -248,10 +248,10 @@ def _interval_of(measured, predictions, labels):
     nothing = dict(estimate=estimate, low=np.nan, high=np.nan)
     if np.isnan(estimate) or np.isnan(resamples).all(): return pd.Series(nothing | dict(note=_undefined(measured.groups)))
     patients = predictions['PatientID']
-    found = behind(patients, *measured.groups)
+    found = behind(patients, *measured.groups, weigh=kind == 'auroc')
     note = interval_note(patients.nunique(), patients[labels['any'].to_numpy(bool)].nunique(), found.patients)
     if found.patients < FEWEST: return pd.Series(nothing | dict(note=note))
-    low, high = metric_interval(kind, estimate, found.standard_error(resamples), found.of_all() if kind in _whole else found)
+    low, high = metric_interval(kind, estimate, found.standard_error(resamples), found._replace(degrees=2.*found.patients) if kind in _whole else found)
     return pd.Series(dict(estimate=estimate, low=low, high=high, note=note))
 
 def _measure_any(predictions, labels, metric, share, even, n, seed, threshold):

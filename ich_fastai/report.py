@@ -21,6 +21,7 @@ from .recipes import Recipe, concerns, read_recipe
 from .clean import Store
 from .explore import PLAIN
 from .operating import FEWEST_TO_FIT, calibrated
+from .shift import PATIENTS, read_headers, shift
 from .page import banners, data_charts, figure_text, in_words, inline, is_phantom, page, sides_table, slice_charts, source_kind, table
 from .intervals import of_split, with_any
 from .figures import plot_confusion, plot_precision_recall, plot_roc
@@ -29,7 +30,7 @@ from .published import published_table
 from .board import draws_of, interval_text, luck_of_first, pairs, plot_board, ranking, whole_recipe
 from .failures import extreme_slices, worst_slices
 from .bundle import load_bundle
-from .sections import calibration_charts, decisions_table, group_charts, heatmap_figure, localization_table, net_benefit_charts, sizes_tables
+from .sections import calibration_charts, decisions_table, group_charts, heatmap_figure, localization_table, net_benefit_charts, shift_section, sizes_tables
 from .compare import folds_of_board, model_result, read_board, read_judged
 
 # %% ../nbs/36_report.ipynb #4e20c24a
@@ -192,15 +193,17 @@ def _seeds_table(rows):
     one = lambda r: dict(recipe=r.recipe, seeds=r.seeds, mean=r.auroc_any, spread=r.auroc_any_spread)
     return table([one(r) for r in several.itertuples()], 'AUROC over seeds: mean and standard deviation', ('recipe', 'seeds'))
 
+def _counts(rows):
+    n, positive, studies, patients = (int(rows[k].iloc[0]) for k in ('n_slices', 'n_positive', 'n_studies', 'n_patients'))
+    return P(f'{n:,} slices ({positive:,} with a bleed) in {studies:,} studies of {patients:,} patients.')
+
 def _any_tables(board):
-    "For all slices and for kept ones: how well a recipe ranks, and how well it calls"
-    out = []
-    for slices, rows in board[board['board'] == 'any'].groupby('slices', sort=True):
-        n, positive, studies, patients = (int(rows[k].iloc[0]) for k in ('n_slices', 'n_positive', 'n_studies', 'n_patients'))
-        counts = f'{n:,} slices ({positive:,} with a bleed) in {studies:,} studies of {patients:,} patients.'
-        out += [H3(f'any, on {slices} test slices'), P(counts), _figures(rows, _ranking, about=('any_from', 'study_rule')), _seeds_table(rows),
-                _figures(rows, _calls, "calls at the recipe's own threshold", ())]
-    return out
+    "How well a recipe ranks all slices; folded, the same of kept ones, and how well it calls"
+    sides = {slices: rows for slices, rows in board[board['board'] == 'any'].groupby('slices', sort=True)}
+    ranks = {slices: [H3(f'any, on {slices} test slices'), _counts(rows), _figures(rows, _ranking, about=()), _seeds_table(rows)] for slices, rows in sides.items()}
+    calls = [_figures(rows, _calls, f"{slices} test slices, called at the recipe's own threshold", ('any_from', 'study_rule')) for slices, rows in sides.items()]
+    folded = [e for slices in sides if slices != 'all' for e in ranks[slices]] + calls
+    return [*ranks.get('all', []), Details(Summary('On slices with enough brain, and at their own thresholds'), *folded)] if sides else []
 
 def _pairs_table(board, judged):
     "How the recipe of the headline stands to each other one"
@@ -331,13 +334,22 @@ def _guards(known):
                                              'figures at a threshold, and recalibrated ones, are therefore slightly too good; AUROC, average precision and losses as trained are not.')
     return P(f'{leak}. Histogram bins come from training slices; epochs, thresholds, calibration and the rule for a study from validation; test was used to measure, and for the order of the boards.')
 
+def _shifted(known, model, predictions):
+    "Whether some test studies are like those of its training, one a patient; nothing of a model that keeps no reference"
+    if not (model.folder/'bundle').exists(): return []
+    studies = predictions.groupby('PatientID')['StudyInstanceUID'].first()
+    some = studies.sample(min(PATIENTS, len(studies)), random_state=0)
+    shifted = shift(load_bundle(model.folder/'bundle'), known.store, read_headers(known.run), studies=some)
+    return shift_section(shifted) if shifted.attrs['parts'] else []
+
 def _trusted(known, best):
     model = _model(known, best)
     p, t = of_split(with_any(model.predictions)[0], known.labels, 'test', kept=True)
     bent = model.line.ne((1, 0)).any(axis=None)
     few = f'The validation patients are too few to recalibrate: {FEWEST_TO_FIT} with a label and {FEWEST_TO_FIT} without are wanted.'
     charts = calibration_charts(p, t, calibrated(p, model.line), 'the validation patients')
-    return Section(H2('Can it be trusted?'), _guards(known), _calibration_table(known, best), '' if bent else P(few, cls='note'), Div(*charts, cls='charts'))
+    return Section(H2('Can it be trusted?'), _guards(known), *_shifted(known, model, p), H3('Calibration'), _calibration_table(known, best),
+                   '' if bent else P(few, cls='note'), Div(*charts, cls='charts'))
 
 # %% ../nbs/36_report.ipynb #ebf2132a
 def _cost_table(board):

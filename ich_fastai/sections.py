@@ -4,18 +4,19 @@
 
 # %% auto #0
 __all__ = ['decisions_table', 'net_benefit_charts', 'group_charts', 'sizes_tables', 'calibration_charts', 'localization_table',
-           'heatmap_figure']
+           'heatmap_figure', 'shift_section']
 
 # %% ../nbs/34b_sections.ipynb #e3a16e12
 import matplotlib.pyplot as plt
 import pandas as pd
-from fastcore.xml import H3
+from fastcore.xml import H3, P
 
 from .core import LABELS
 from .masks import kept_masks
 from .clean import Store
 from .page import figure_text, inline, table
 from .operating import POINTS
+from .shift import plot_shift, shift_findings
 from .figures import plot_calibration, plot_net_benefit
 from .subgroups import FIXED, SIZES, plot_groups
 from .localization import RATES, has_heatmaps, heatmaps, plot_heatmap, read_masks
@@ -74,10 +75,16 @@ def _size_row(of_range):
     "Of a range of sizes: by label the sensitivity, and of how many patients"
     def cell(label):
         rows = of_range[of_range['label'] == label].set_index('metric')
-        if 'sensitivity' not in rows.index or not rows.loc['n_with', 'estimate'] > 0: return ''
+        if 'sensitivity' not in rows.index: return ''
         figure, interval = figure_text(rows.loc['sensitivity'], 2)
+        if not figure: return ''
         return figure, ', '.join(filter(None, [interval, f"n = {int(rows.loc['n_with', 'estimate'])}"]))
     return {label: cell(label) for label in LABELS}
+
+def _filled(rows):
+    "Rows without the columns in which nothing stands"
+    used = [key for key in rows[0] if any(row[key] for row in rows)] if rows else []
+    return [{key: row[key] for key in used} for row in rows]
 
 def sizes_tables(
     judged:pd.DataFrame, # Rows of one model: those of groups
@@ -86,7 +93,7 @@ def sizes_tables(
     def of(kind, data):
         rows = judged[judged['group'].str.startswith(f'{kind}: ') & (judged['data'] == data)]
         cells = [dict(size=group.partition(': ')[2], **_size_row(of_range)) for group, of_range in rows.groupby('group', sort=False)]
-        return table(cells, f'sensitivity by {kind} of the bleed at {FIXED} on valid, {data}; n: with the label', ('size',))
+        return table(_filled(cells), f'sensitivity by {kind} of the bleed at {FIXED} on valid, {data}; n: with the label, no interval below four patients', ('size',))
     found = [of(kind, data) for kind, (_, _, data) in SIZES.items()]
     return [H3('By size and type'), *found] if any(found) else []
 
@@ -131,3 +138,12 @@ def heatmap_figure(
     axs = plt.subplots(1, len(shown), figsize=(1.8*len(shown), 2), layout='constrained', squeeze=False)[1][0]
     for ax, hu, heat, mask in zip(axs, pictures, heatmaps(bundle, run, shown, size=size), read_masks(run, shown, size=size)): plot_heatmap(hu, heat, mask, ax=ax)
     return inline(axs, 'What raised its prediction of any (Grad-CAM, warm; box around the hottest region), and the masks of the bleeds (blue): the largest bleeds, one a patient', 'jpeg')
+
+# %% ../nbs/34b_sections.ipynb #d49b634c
+def shift_section(
+    shifted:pd.DataFrame, # From `shift`
+)->list: # Elements
+    "Are these scans like those of its training?"
+    known = shifted.attrs['parts'] and shifted['embedding_distance'].notna().any()
+    chart = inline(plot_shift(shifted), 'Distance of each study from the training slices, by HU and by what the network makes of them') if known else ''
+    return [H3('Are these scans like those of its training?'), *[P(sentence) for sentence in shift_findings(shifted)], chart]

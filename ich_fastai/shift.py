@@ -334,10 +334,15 @@ def _far(frame, limits):
 
 _columns = ['PatientID', 'slices', 'header_new', 'hu_farthest', 'hu_distance', 'hu_percentile', 'embedding_distance', 'embedding_percentile', 'far']
 
-def _seen_by(bundle, store, metadata, bs):
+def _enough(bundle, index, studies):
+    "bool, the slices of the studies that are asked for with enough brain"
+    enough = index['img_pct_window'] >= bundle.min_brain
+    return enough if studies is None else enough & index['StudyInstanceUID'].isin(studies)
+
+def _seen_by(bundle, store, metadata, bs, studies):
     "The frame of one network with a reference"
     (facts, gaussian), index = bundle.reference, store.index
-    at = slices_to_see(index, (index['img_pct_window'] >= bundle.min_brain).to_numpy())
+    at = slices_to_see(index, _enough(bundle, index, studies).to_numpy())
     by = index.iloc[at].groupby('StudyInstanceUID', sort=False)
     frame = pd.DataFrame(dict(PatientID=by['PatientID'].first(), slices=by.size())).reindex(columns=_columns)
     if facts['headers'] and 'BitsStored' in metadata and len(frame): frame['header_new'] = _new_facts(header_facts(metadata).loc[frame.index], facts['headers'])
@@ -362,17 +367,18 @@ def shift(
     store, # A `Store` or `MemoryStore`
     metadata:pd.DataFrame, # Of its slices: `read_headers` of their run, or the index of a `MemoryStore`
     bs:int=36, # Slices at a time
+    studies=None, # StudyInstanceUIDs; all where None
 )->pd.DataFrame: # By StudyInstanceUID: PatientID, slices (looked at), header_new ('' where nothing is), hu_farthest (of `STATISTICS`), hu_distance, hu_percentile, embedding_distance, embedding_percentile, far; missing where it is not known; without studies that have no slice with enough brain
     "How far studies are from those that a bundle's model learned from"
     networks = [*_networks(bundle).values()]
     known = [one for one in networks if getattr(one, 'reference', None)]
-    if not known: return _nothing_known(bundle, store.index)
-    frame = min((_seen_by(one, store, metadata, bs) for one in known), key=_lowest_p)
+    if not known: return _nothing_known(bundle, store.index, studies)
+    frame = min((_seen_by(one, store, metadata, bs, studies) for one in known), key=_lowest_p)
     frame.attrs |= dict(parts=len(known), unknown=len(networks) - len(known))
     return frame
 
-def _nothing_known(bundle, index):
-    by = index[index['img_pct_window'] >= bundle.min_brain].groupby('StudyInstanceUID', sort=False)
+def _nothing_known(bundle, index, studies):
+    by = index[_enough(bundle, index, studies)].groupby('StudyInstanceUID', sort=False)
     frame = pd.DataFrame(dict(PatientID=by['PatientID'].first())).reindex(columns=_columns)
     frame.attrs = dict(headers=None, valid={}, parts=0, unknown=1)
     return frame.assign(far=frame['far'].astype('boolean'))
