@@ -25,12 +25,11 @@ from .subgroups import FIXED, bleed_sizes, judge_groups, judge_sizes, slice_grou
 from .study import by_study
 from .failures import extreme_slices, worst_slices
 from .localization import judge_localization
-from .sections import calibration_charts, decisions_table, group_charts, heatmap_figure, localization_table, net_benefit_charts, shift_section, sizes_tables
+from .sections import calibration_charts, calibration_table, decisions_table, group_charts, heatmap_figure, localization_table, net_benefit_charts, shift_section, sizes_tables
 from .external import check_side, judge_bundle, learned_here, other_predictions, recalibrated
 
 # %% ../nbs/46_evaluation.ipynb #9e4da5a2
-_titles = dict(patients='patients', auroc='AUROC', average_precision='average precision', sensitivity='sensitivity', specificity='specificity', ppv='PPV', log_loss='log loss',
-               brier='Brier score', calibration_error='calibration error', slope='slope', intercept='intercept')
+_titles = dict(patients='patients', auroc='AUROC', average_precision='average precision', sensitivity='sensitivity', specificity='specificity', ppv='PPV', log_loss='log loss', brier='Brier score')
 
 def _version_table(judged, level, version):
     "A row a label, a column a metric"
@@ -144,7 +143,8 @@ def evaluation_page(
                     H3('By group'), Div(*group_charts(groups, 'its own threshold'), cls='charts'), *sizes_tables(groups), H3('Surest, right and wrong'), extreme_slices(store, p, t, cuts),
                     *_where_it_looks(bundle, run, judged, p.index))
     charts = calibration_charts(p, t, recalibrated(p, t)[0], 'other patients of this run', n)
-    trusted = Section(H2('Can it be trusted?'), *shift_section(shifted), H3('Calibration'), Div(*charts, cls='charts'))
+    trusted = Section(H2('Can it be trusted?'), *shift_section(shifted), H3('Calibration'), *[calibration_table(judged, data) for data in ('kept slices', 'studies')],
+                      P(_of_calibration, cls='note'), Div(*charts, cls='charts'))
     return page(f'{bundle.recipe.name} on {of}', _head(bundle, run, predictions, labels, judged, shifted, of), good, fails, trusted, _about(bundle, run))
 
 def _where_it_looks(bundle, run, judged, images):
@@ -171,8 +171,10 @@ def _head(bundle, run, predictions, labels, judged, shifted, of):
 _of_net_benefit = 'Net benefit of probabilities recalibrated on other patients of this run: bleeds found a slice or study, less false alarms at the odds of the threshold.'
 
 _note = ('Slices with enough brain, and studies by the rule of the bundle. Patients: those with the label. Where there is no interval, fewer than four patients have the label, or lack it: '
-         'such a figure tells nothing. PPV is at the share of bleeds that these patients have. Recalibrated: each fifth of the patients is called at thresholds that Youden\'s rule chose on the other four, and its probabilities are bent by a line fit on them '
-         'where they have ten patients with the label and ten without; else the probabilities stay as they are. Slope and intercept are what the log odds of the same table still want; 1 and 0 are right.')
+         'such a figure tells nothing. PPV is at the share of bleeds that these patients have. Recalibrated: each fifth of the patients is called at thresholds that Youden\'s rule chose on the other four.')
+
+_of_calibration = ('Recalibrated: the probabilities of each fifth of the patients are bent by a line fit on the other four, where these have ten patients with the label and ten without; else they stay as they are. '
+                   'Slope and intercept are what the log odds of the same row still want.')
 
 # %% ../nbs/46_evaluation.ipynb #5b70c7d0
 class Evaluation(NamedTuple):

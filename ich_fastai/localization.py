@@ -23,7 +23,7 @@ from .data import make_loader, open_pictures
 from .metrics import Draws
 from .models import full_precision
 from .bundle import Bundle, load_bundle
-from .intervals import FEWEST, behind, difference_interval, patient_weights
+from .intervals import FEWEST, behind, patient_weights, share_interval
 
 # %% ../nbs/31c_localization.ipynb #e4db1967
 def _stored_mask(mask, box, size):
@@ -267,8 +267,8 @@ def mean_by_patient(
     means = draws.total(np.asarray(values, np.float64))/draws.total(np.ones(len(values)))
     estimate, whom = float(means[0]), f'{found.patients} patients'
     if found.patients < FEWEST: return dict(estimate=estimate, low=np.nan, high=np.nan, note=f'no interval: {whom}')
-    low, high = difference_interval(estimate, found.standard_error(means[1:]), found)
-    return dict(estimate=estimate, low=max(0., float(low)), high=min(1., float(high)), note=f'of {whom}')
+    low, high = share_interval(estimate, found.standard_error(means[1:]), found)
+    return dict(estimate=estimate, low=float(low), high=float(high), note=f'of {whom}')
 
 def judge_heatmaps(
     heatmaps:np.ndarray, # [n, h, w], from `heatmaps`

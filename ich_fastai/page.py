@@ -144,7 +144,7 @@ footer { margin-top: 4rem; border-top: 1px solid var(--line); padding-top: 1rem;
   figure:not(.slice) { overflow-x: auto; }
   figure:not(.slice) img { max-width: none; }
   pre { columns: 1; }
-  td:first-child, th:first-child { max-width: 9.5rem; overflow-wrap: anywhere; }
+  td.text:first-child, th.text:first-child { min-width: 6.5rem; overflow-wrap: anywhere; }
   .groups { grid-template-columns: 1fr; }
   .row { flex-wrap: wrap; }
 }

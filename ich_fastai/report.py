@@ -30,7 +30,7 @@ from .published import published_table
 from .board import draws_of, interval_text, luck_of_first, pairs, plot_board, ranking, whole_recipe
 from .failures import extreme_slices, worst_slices
 from .bundle import load_bundle
-from .sections import calibration_charts, decisions_table, group_charts, heatmap_figure, localization_table, net_benefit_charts, shift_section, sizes_tables
+from .sections import calibration_charts, calibration_table, decisions_table, group_charts, heatmap_figure, localization_table, net_benefit_charts, shift_section, sizes_tables
 from .compare import folds_of_board, model_result, read_board, read_judged
 
 # %% ../nbs/36_report.ipynb #4e20c24a
@@ -317,15 +317,6 @@ def _where_it_looks(known, model, images):
     judged = localization_table(model.judged)
     return [H3('Where it looks'), judged, heatmap_figure(load_bundle(model.folder/'bundle'), known.run, images)] if judged else []
 
-def _calibration_table(known, best):
-    "Slope, intercept, calibration error and losses before and after"
-    rows = known.judged[(known.judged['recipe'] == best.recipe) & (known.judged['data'] == 'kept slices')]
-    metrics_ = dict(slope='slope', intercept='intercept', calibration_error='calibration error', log_loss='log loss', brier='Brier score')
-    of = rows[rows['metric'].isin(metrics_)].set_index(['label', 'version', 'metric'])['estimate']
-    def one(label, version): return dict(label=label, version=version, **{title: of.get((label, version, m), np.nan) for m, title in metrics_.items()})
-    labels = [label for label in LABELS if (label, 'as trained', 'log_loss') in of.index]
-    return table([one(label, version) for label in labels for version in ('as trained', 'recalibrated')], 'calibration on kept test slices; slope 1 and intercept 0 are right', ('label', 'version'))
-
 def _guards(known):
     "What was checked before a figure was told"
     sides = known.split.groupby('PatientID')['split'].nunique()
@@ -348,7 +339,7 @@ def _trusted(known, best):
     bent = model.line.ne((1, 0)).any(axis=None)
     few = f'The validation patients are too few to recalibrate: {FEWEST_TO_FIT} with a label and {FEWEST_TO_FIT} without are wanted.'
     charts = calibration_charts(p, t, calibrated(p, model.line), 'the validation patients')
-    return Section(H2('Can it be trusted?'), _guards(known), *_shifted(known, model, p), H3('Calibration'), _calibration_table(known, best),
+    return Section(H2('Can it be trusted?'), _guards(known), *_shifted(known, model, p), H3('Calibration'), calibration_table(known.judged[known.judged['recipe'] == best.recipe]),
                    '' if bent else P(few, cls='note'), Div(*charts, cls='charts'))
 
 # %% ../nbs/36_report.ipynb #ebf2132a

@@ -116,7 +116,7 @@ def slice_groups(
     contrast = _contrast(frame)
     if (contrast != 'unknown').any(): groups['contrast'] = contrast
     if volumes is not None: groups['bleed'] = frame['StudyInstanceUID'].map(volume_ranges(volumes['any']))
-    return groups
+    return groups.loc[:, (groups != 'unknown').any()]
 
 def volume_ranges(
     ml:pd.Series, # By study
