@@ -180,12 +180,28 @@ _faults = {
         ('drawn = np.random.default_rng(seed)', 'drawn = np.random.default_rng(0)', 'seed ignored'),
         ('(predictions.kept | (not kept))', '(predictions.kept | True)', 'all slices for the kept'),
         ("patient, names = pd.factorize(predictions.PatientID, sort=True)\n    draws, measure", "patient, names = pd.factorize(predictions.index, sort=True)\n    draws, measure", 'resampled by slice'),
-        ('interval(metric, estimate, se*np.sqrt(k/(k - 1)), k', 'interval(metric, estimate, se, k', 'no correction for few patients'),
-        ('return 2*k if metric in _of_all else k - 1', 'return 1000', 'normal in place of t'),
+        ('*np.sqrt(self.patients/(self.patients - 1))', '', 'no correction for few patients'),
+        ('stats.t.ppf(.975, degrees)', 'stats.norm.ppf(.975)', 'normal in place of t'),
+        ('rows.sum()**2/(rows**2).sum()', 'len(rows)', 'patients of unequal weight count alike'),
+        ('weigh=metric in _ranks', 'weigh=False', 'degrees of freedom of all patients'),
         ('a - b, threshold, _of_differences', 'b - a, threshold, _of_differences', 'sign of the difference')],
+    '31c_localization': [
+        ('mask if label == \'any\' else mask >> TYPES.index(label) & 1', 'mask', 'masks of all types for one'),
+        ('weights = gradients.mean((2, 3), keepdim=True)', 'weights = gradients.abs().mean((2, 3), keepdim=True)', 'what lowers an output counts too'),
+        ('(areas > 0, areas == 0)', '(areas > 0, areas != 0)', 'slices whose mask is not known'),
+        ('scores[~inside.any(0)]', 'scores[inside.any(0)]', 'right marks as false ones')],
+    '33_published': [
+        ('share/len(groups)) for group in groups] + ([(~bleeds, 1 - share)]', 'share/len(groups)) for group in groups] + ([(~bleeds, share)]', 'another balance than asked'),
+        ("t & (t.sum(1) == 1)[:, None]", 't', 'slices of several types count'),
+        ("transform('min' if figure.epoch == 'first' else 'max')", "transform('max')", 'the last epoch for the first'),
+        ("side = 'valid' if figure.side == 'valid' else 'test'", "side = 'test'", 'test for valid')],
+    '12c_masks': [
+        ('has.sum(1, keepdims=True) > 1', 'has.sum(1, keepdims=True) > 2', 'a mask of two types is nobody\'s'),
+        ('told.fillna(spacing**2)', 'told.fillna(spacing)', 'mm for mm²')],
     '32_judge': [
         ("valid, valid_studies = _side(models, labels, 'valid', kept=True)", "valid, valid_studies = _side(models, labels, 'test', kept=True)", 'thresholds from test'),
-        ('calibrated(p, calibration_line(valid.models[s], valid.labels))', 'calibrated(p, calibration_line(p, side.labels))', 'recalibrated on test'),
+        ('lines = {s: calibration_line(p, valid.labels) for s, p in valid.models.items()}', 'lines = {s: calibration_line(p, test.labels) for s, p in test.models.items()}', 'recalibrated on test'),
+        ("'net benefit of all': ['all']", "'net benefit of all': ['estimate']", 'the model for treating all'),
         ('mean = sum(each.values())/len(each)', 'mean = next(iter(each.values()))', 'one seed for the mean of all'),
         ('axis=0, ddof=1)', 'axis=0, ddof=0)', 'spread of too few seeds'),
         ("_studies(models, labels, 'test', rules), valid_studies", "_studies(models, labels, 'test', dict.fromkeys(models, StudyRule())), valid_studies", "the model's rule for studies ignored"),
@@ -207,21 +223,27 @@ _faults = {
         ('np.where(long.t, 1 - long.p, long.p)', 'np.where(long.t, long.p, 1 - long.p)', 'the best for the worst'),
         (".drop_duplicates('study')[['label', 'p', 'wrong']]", "[['label', 'p', 'wrong']]", 'several slices of a study'),
         ('missed=long.t & ~yes', 'missed=long.t & yes', 'found for missed')],
+    '34b_sections': [
+        ("(judged['data'] == 'kept slices') & ~judged['group']", "(judged['data'] == 'studies') & ~judged['group']", 'studies for slices'),
+        ("judged[judged['data'] == data]", "judged[judged['data'] != data]", 'net benefit of the other level'),
+        ('areas[areas > 0].sort_values(ascending=False)', 'areas.sort_values(ascending=False)', 'heatmaps of slices without a bleed'),
+        ("rows.loc['n_with', 'estimate']", "rows.loc['n', 'estimate']", 'slices for those with the label')],
     '35_compare': [
         ("predictions.index[predictions['split'] == 'train']", "predictions.index[predictions['split'] == 'test']", 'prevalence of test'),
         ("'labels', 'split', 'index', 'metadata', 'masks'", "'labels', 'split', 'metadata', 'masks'", 'figures stay where other slices count'),
         ('seconds=sum(known', 'seconds=max(known', 'cost of one seed')],
     '36_report': [
         ("sort_values(['valid_auroc_any', 'recipe']", "sort_values(['auroc_any', 'recipe']", 'the best on test'),
-        ("(judged['metric'] == 'threshold') & (judged['data'] == 'kept slices')", "(judged['metric'] == 'threshold') & (judged['data'] == 'studies')", 'thresholds of studies for slices'),
-        ("known.labels, 'valid', kept=True))\n    bent", "known.labels, 'test', kept=True))\n    bent", 'calibration drawn with a line fit on test')],
+        ("self.by_label('kept slices', 'threshold')", "self.by_label('studies', 'threshold')", 'thresholds of studies for slices'),
+        ("self.by_label('kept slices', f'line {part}')", "self.by_label('studies', f'line {part}')", 'calibration drawn with the line of studies'),
+        ("(known.every['data'] == 'published')]", "(known.every['data'] == 'own slices')]", 'published figures of other rows')],
     '37_cross_compare': [
         ('rows[~rows.index.duplicated()]', "rows[~rows.index.duplicated(keep='last')]", 'the last fold for the first'),
         ("_once(whole, 'test')", "_once(numbered[0], 'test')", 'the test side of one fold')],
     '45_external': [
         ('line = calibration_line(predictions[others], labels[others])', 'line = calibration_line(predictions[here], labels[here])', 'patients calibrated on themselves'),
         ('calibrated(predictions[others], line), labels[others])', 'calibrated(predictions[here], line), labels[here])', 'thresholds from the patients that are called'),
-        ('bundle.operating().threshold, n, seed)', 'bundle.operating(\'study\').threshold, n, seed)', 'thresholds of studies for slices')],
+        ("bundle.operating(name, point)['threshold']", "bundle.operating('study', point)['threshold']", 'thresholds of studies for slices')],
     '40_predict': [
         ("kept=metadata['use'] & enough", "kept=metadata['use']", 'slices without brain count for a study'),
         ("return predict(bundle.model, bundle.recipe, series_loader(features, series_of(index", "return predict(bundle.model, bundle.recipe, series_loader(features, series_of(index[::-1]", 'series in another order'),
