@@ -45,6 +45,7 @@ from .judge import *
 from .board import *
 from .published import *
 from .failures import *
+from .sections import *
 from .compare import *
 from .report import *
 from .cross_compare import *

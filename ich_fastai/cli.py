@@ -354,7 +354,7 @@ def evaluate(
     seed:int=0, # Of the resamples, and of the folds that recalibrate
     quiet:bool=False, # No progress bars, no summary
 ):
-    "Judge a finished model on labelled slices of another place: figures with intervals, the operating point as it came and recalibrated, one HTML page"
+    "Judge a finished model on labelled slices of another run folder: figures with intervals, the operating point as it came and recalibrated, one HTML page"
     from ich_fastai.core import Run
     folder = Run(run)
     folder.need('metadata', 'labels', 'index')

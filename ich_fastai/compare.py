@@ -9,16 +9,17 @@ __all__ = ['prevalence', 'read_board', 'read_judged', 'model_result', 'resolved'
 # %% ../nbs/35_compare.ipynb #52ef2ef9
 import hashlib, json
 from functools import lru_cache, partial
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from fastcore.script import CliError
 
+import ich_fastai
 from .core import LABELS, Run, check_options, first_process, log, only_one, printable, say, show_progress, write_whole
 from .recipes import Recipe, finder, get_recipe, read_recipe
 from .labels import check_patients, subset
 from .study import StudyRule
-from .intervals import with_any
 from .subgroups import FIXED, judge_subgroups
 from .judge import judge_decisions, judge_own, judge_recipe, seeds_text, slices_text
 from .board import leaderboard, sort_board
@@ -55,8 +56,10 @@ def read_judged(
     "All figures of this run folder so far"
     path = run.path/'judge.parquet'
     if not path.exists(): return pd.DataFrame(columns=['recipe', 'task', 'seeds', 'made_of'])
-    try: return pd.read_parquet(path)
+    try: judged = pd.read_parquet(path)
     except (ValueError, OSError) as e: raise CliError(f'{path} is damaged: delete it, and compare again') from e
+    numbers = [name for name in ('estimate', 'low', 'high', 'spread', 'patients', 'degrees') if name in judged]
+    return judged.astype(dict.fromkeys(numbers, float))  # Also where none is known
 
 def model_result(
     run:Run, recipe:str, seed:int=0, # Of a model
@@ -65,7 +68,7 @@ def model_result(
     path = run.model(recipe, seed)/'result.json'
     return json.loads(path.read_text()) if path.exists() else {}
 
-_way = 'judged in one frame; seeds, points at .1 and .4, groups, lines, net benefit, published, heatmaps; degrees of freedom by weight'  # How figures are made; those of another way are judged anew
+_judging = 'metrics', 'study', 'operating', 'intervals', 'subgroups', 'localization', 'decisions', 'judge', 'published'  # Modules that make figures
 
 @lru_cache(maxsize=None)
 def _hash_of(path, changed, size): return hashlib.blake2b(path.read_bytes()).digest()
@@ -79,9 +82,11 @@ def _file_hash(path):
 def _made_of(run, n, name='', seeds=()):
     "A mark of all that the figures of a recipe were made of"
     models = [run.model(name, seed) for seed in seeds]
-    files = [*(model/'predictions.parquet' for model in models), *(run.file(frame) for frame in ('labels', 'split', 'index', 'metadata', 'masks'))]
+    frames = [run.file(frame) for frame in ('labels', 'split', 'index', 'metadata', 'masks')]
+    code = [Path(ich_fastai.__file__).with_name(f'{module}.py') for module in _judging]
+    files = [*(model/'predictions.parquet' for model in models), *frames, *code]
     rules = [model_result(run, name, seed).get('study_rule') for seed in seeds]
-    return hashlib.blake2b(b''.join(map(_file_hash, files)) + repr((rules, n, _way)).encode(), digest_size=8).hexdigest()
+    return hashlib.blake2b(b''.join(map(_file_hash, files)) + repr((rules, n)).encode(), digest_size=8).hexdigest()
 
 # %% ../nbs/35_compare.ipynb #691e7fdb
 def _task(recipe): return f'{recipe.task} on {slices_text(recipe)} slices'
@@ -98,7 +103,7 @@ def _judge(run, recipe, models, labels, n, judged):
 def _groups(run, models, rules, n):
     "Figures by scanner, thickness, position, age, sex, contrast and size of bleed, of the first seed's model"
     seed = next(iter(models))
-    rows = judge_subgroups(run, with_any(models[seed])[0], rules[seed], n=n)
+    rows = judge_subgroups(run, models[seed], rules[seed], n=n)
     return rows[(rows['group'] != '') & rows['estimate'].notna()].assign(seeds=str(seed), point=FIXED)
 
 def _localization(run, recipe, models, n):

@@ -26,7 +26,7 @@ PREVALENCES = .01, .1, .4  # .4 is about that of the RSNA set's studies
 
 def _at_bounds(row, of, prevalence, which):
     "Where all calls are right, or none is, or every resample has the same value, as where everything is called: what the bounds of sensitivity and specificity leave"
-    if np.isnan(row.low) or 0 < row.estimate < 1 and row.low < row.high: return row
+    if np.isnan(row.low) or 0 < row.estimate < 1 and row.high - row.low > 1e-9: return row
     bounds = [predictive_values(*[one.loc[row.name, end] for one in of], prevalence)[which] for end in ('low', 'high')]
     if row.estimate > 0: row['low'] = min(bounds[0], row.estimate)
     if row.estimate < 1: row['high'] = max(bounds[1], row.estimate)
@@ -151,6 +151,7 @@ def net_benefits(
         if found.patients < FEWEST: return np.full((2, len(values.T)), np.nan)
         return difference_interval(values[0], found.standard_error(values[1:]), found)
     gain = benefit - np.where(everyone[0] > 0, everyone, 0)
-    columns = dict(zip(('estimate', 'low', 'high'), (benefit[0], *interval(benefit)))) | dict(all=everyone[0])
+    low, high = interval(benefit)
+    columns = dict(estimate=benefit[0], low=low, high=np.minimum(high, t.mean()), all=everyone[0])  # No more can be gained than all bleeds
     columns |= dict(zip(('gain', 'gain_low', 'gain_high'), (gain[0], *interval(gain))))
     return pd.DataFrame(columns, pd.Index(np.atleast_1d(thresholds), name='threshold'))

@@ -29,29 +29,36 @@ from .sections import calibration_charts, calibration_table, decisions_table, gr
 from .external import check_side, judge_bundle, learned_here, other_predictions, recalibrated
 
 # %% ../nbs/46_evaluation.ipynb #9e4da5a2
-_titles = dict(patients='patients', auroc='AUROC', average_precision='average precision', sensitivity='sensitivity', specificity='specificity', ppv='PPV', log_loss='log loss', brier='Brier score')
+_titles = dict(patients='patients', auroc='AUROC', average_precision='average precision', sensitivity='sensitivity', specificity='specificity',
+               ppv='PPV', log_loss='log loss', brier='Brier score')
+
+def _at_own(judged): # Without the rows of other operating points
+    return judged[judged['point'] == '']
 
 def _version_table(judged, level, version):
     "A row a label, a column a metric"
-    part = judged[(judged['data'] == level) & (judged['version'] == version) & (judged['point'] == '')].set_index(['label', 'metric'])
+    rows = _at_own(judged)
+    part = rows[(rows['data'] == level) & (rows['version'] == version)].set_index(['label', 'metric'])
     metrics_ = [name for name in _titles if name in part.index.get_level_values('metric')]
     labels = [label for label in LABELS if part.loc[label, 'estimate'].notna().any()]
-    def cell(label, name): return int(part.loc[(label, name), 'estimate']) if name == 'patients' else figure_text(part.loc[(label, name)])
-    rows = [dict(label=label, **{_titles[name]: cell(label, name) for name in metrics_}) for label in labels]
-    return table(rows, f'{version}, {level}', ('label',))
+    def cell(label, name):
+        figure = part.loc[(label, name)]
+        return int(figure.estimate) if name == 'patients' else figure_text(figure)
+    cells = [dict(label=label, **{_titles[name]: cell(label, name) for name in metrics_}) for label in labels]
+    return table(cells, f'{version}, {level}', ('label',))
 
 def _counts(predictions, labels):
-    kept = predictions['kept'].to_numpy(bool)
-    bleeding = predictions['PatientID'][labels['any']].nunique()
+    kept, patients = predictions['kept'].to_numpy(bool), predictions['PatientID']
     little = f', {(~kept).sum():,} more have too little brain' if not kept.all() else ''
-    return (f"{kept.sum():,} slices ({int(labels['any'][kept].sum()):,} with a bleed{little}) in {predictions['StudyInstanceUID'].nunique():,} studies of "
-            f"{predictions['PatientID'].nunique():,} patients ({bleeding:,} with a bleed)")
+    slices = f"{kept.sum():,} slices ({int(labels['any'][kept].sum()):,} with a bleed{little})"
+    studies = f"{predictions['StudyInstanceUID'].nunique():,} studies"
+    return f"{slices} in {studies} of {patients.nunique():,} patients ({patients[labels['any']].nunique():,} with a bleed)"
 
 def whose(
     bundle:Bundle, run:Run, side:str='', # As for `other_predictions`
 )->str:
     "The patients who are judged, in a few words"
-    if not learned_here(bundle, run): return f'patients of another place{f", side {side}" if side else ""}'
+    if not learned_here(bundle, run): return f'patients of another run folder{f", side {side}" if side else ""}'
     return 'the test patients of its own run' if side in ('', 'test') else f'the {side} patients of its own run, from whom it has learned'
 
 def _learned(bundle):
@@ -61,33 +68,43 @@ def _learned(bundle):
     where = bundle.extra.get('trained_on', 'slices of which the bundle says nothing')
     return where if n is None else f"{where}: {n['n_train']:,} slices of {n['n_train_patients']:,} patients"
 
-def _asked(bundle): return 'any' if 'any' in bundle.labels or bundle.recipe.kind in ('two_step', 'ensemble') else bundle.labels[0]
+def _asked(judged):
+    "The label of the headline: `any` where it is predicted, else the one that most patients have"
+    counted = judged[(judged['metric'] == 'patients') & (judged['data'] == 'kept slices')].set_index('label')['estimate']
+    return 'any' if 'any' in counted else counted.idxmax()
 
 def findings(
-    bundle:Bundle,
     judged:pd.DataFrame, # From `judge_bundle`
 )->list: # Sentences
     "The result in words, on `any` where the model predicts it"
-    label = _asked(bundle)
-    of = judged[(judged['label'] == label) & (judged['point'] == '')].set_index(['data', 'version', 'metric'])
+    label = _asked(judged)
+    own = _at_own(judged)
+    of = own[own['label'] == label].set_index(['data', 'version', 'metric'])
     def at(*key): return in_words(figure_text(of.loc[key], 2))
+    def calls(level, version): return f"sensitivity {at(level, version, 'sensitivity')}, specificity {at(level, version, 'specificity')}"
     rank = of.loc[('kept slices', 'as trained', 'auroc')]
     if np.isnan(rank.estimate): return [f'No figure of {label}: these patients all have it, or none does.']
     if np.isnan(rank.low): return [f'Too few patients to judge {label}: {rank.note.removeprefix("no interval: ")}.']
-    said = [f"{label}: AUROC by slice {at('kept slices', 'as trained', 'auroc')}, by study {at('studies', 'as trained', 'auroc')}; 95 % intervals by patient."]
-    for level in 'kept slices', 'studies':
+    by_study = of.loc[('studies', 'as trained', 'auroc')]
+    if np.isnan(by_study.estimate): of_studies = 'by study none, as every study has it, or none does'
+    else: of_studies = f"by study {at('studies', 'as trained', 'auroc')}"
+    below = ' That is worse than chance.' if rank.high < .5 or by_study.high < .5 else ''
+    found = [f"{label}: AUROC by slice {at('kept slices', 'as trained', 'auroc')}, {of_studies}; 95 % intervals by patient.{below}"]
+    for name, level in dict(slice='kept slices', study='studies').items():
         if np.isnan(of.loc[(level, 'as trained', 'sensitivity'), 'estimate']): continue
-        said.append(f"By {'study' if level == 'studies' else 'slice'}, at its own threshold: sensitivity {at(level, 'as trained', 'sensitivity')}, specificity {at(level, 'as trained', 'specificity')}. "
-                    f"Recalibrated on other patients of this run: sensitivity {at(level, 'recalibrated', 'sensitivity')}, specificity {at(level, 'recalibrated', 'specificity')}.")
+        found.append(f"By {name}, at its own threshold: {calls(level, 'as trained')}. Recalibrated on other patients of this run: {calls(level, 'recalibrated')}.")
     before, after = (of.loc[('kept slices', version, 'calibration_error'), 'estimate'] for version in ('as trained', 'recalibrated'))
     off = f'In ten bins of equally many slices, its probabilities are {before:.3f} from the observed frequency on average as trained'
-    return said + [f'{off}, {after:.3f} recalibrated.' if after != before else f'{off}; there are too few patients to bend them.']
+    if after == before: return found + [f'{off}; there are too few patients, or too few different probabilities, to recalibrate them.']
+    losses = {version: of.loc[('kept slices', version, 'log_loss'), 'estimate'] for version in ('as trained', 'recalibrated', 'prevalence')}
+    told = f"Its log loss is {losses['as trained']:.3f}, {losses['recalibrated']:.3f} recalibrated; {losses['prevalence']:.3f} for whoever predicts the share with the label everywhere."
+    return found + [f'{off}, {after:.3f} recalibrated. {told}']
 
 def _charts(bundle, p, t, judged):
     cuts = bundle.operating().threshold
-    def figures(metric):
-        rows = judged[(judged['data'] == 'kept slices') & (judged['version'] == 'as trained') & (judged['point'] == '')]
-        return rows[rows['metric'] == metric].set_index('label')
+    rows = _at_own(judged)
+    rows = rows[(rows['data'] == 'kept slices') & (rows['version'] == 'as trained')]
+    def figures(metric): return rows[rows['metric'] == metric].set_index('label')
     yield plot_roc(p, t, cuts, figures=figures('auroc')), 'ROC by slice; the dots are its own thresholds'
     yield plot_precision_recall(p, t, cuts, figures=figures('average_precision')), 'Precision and recall by slice; the same thresholds'
     if cuts.notna().any(): yield plot_confusion(p, t, cuts), 'Confusion at its own thresholds'
@@ -95,17 +112,18 @@ def _charts(bundle, p, t, judged):
 def _about(bundle, run):
     "How the model was made, and how to make the page again"
     lines = Pre('\n'.join(f'{key} = {value!r}' for key, value in bundle.extra.get('versions', {}).items()))
-    rule = bundle.rule
-    facts = {'recipe': bundle.recipe.name, 'kind': bundle.recipe.kind, 'what it learned from': _learned(bundle), 'rule for a study': rule.kind,
+    facts = {'recipe': bundle.recipe.name, 'kind': bundle.recipe.kind, 'what it learned from': _learned(bundle), 'rule for a study': bundle.rule.kind,
              'share of brain from which a slice counts': bundle.min_brain, 'pixels': bundle.size, 'these slices': source_kind(run)}
-    return Section(H2('The model, and how to make this page again'), table([{'what': k, 'value': str(v)} for k, v in facts.items()], text=('what', 'value')),
-                   P('Its versions:'), lines, P(f'ich-evaluate BUNDLE {run.path.name}', cls='note'))
+    rows = [{'what': name, 'value': str(value)} for name, value in facts.items()]
+    return Section(H2('The model, and how to make this page again'), table(rows, text=('what', 'value')), P('Its versions:'), lines,
+                   P(f'ich-evaluate BUNDLE {run.path.name}', cls='note'))
 
 def _thresholds(bundle):
     "The thresholds that the bundle came with"
     levels = {level: bundle.operating(level) for level in ('slice', 'study')}
     labels = [label for label in LABELS if any(pd.notna(points.threshold[label]) for points in levels.values())]
-    rows = [dict(label=label, **{f'{level}: {what}': float(points.loc[label, what]) for level, points in levels.items() for what in ('threshold', 'sensitivity', 'specificity')}) for label in labels]
+    def figures(level, label): return {f'{level}: {what}': max(0., levels[level].loc[label, what]) if pd.notna(levels[level].loc[label, what]) else np.nan for what in ('threshold', 'sensitivity', 'specificity')}
+    rows = [dict(label=label, **figures('slice', label), **figures('study', label)) for label in labels]
     return table(rows, "its own thresholds, by Youden's rule on the validation patients of its training, and what they had there", ('label',))
 
 def groups_here(
@@ -133,19 +151,27 @@ def evaluation_page(
     shifted:pd.DataFrame, # From `shift`
     n:int=1000, # Resamples, for the figures
     side:str='', # As for `other_predictions`
+    seed:int=0, # Of the folds of the recalibration
 )->str: # HTML
     "The judgement as one page, in the order of a comparison's report"
     of, kept = whose(bundle, run, side), predictions['kept']
     p, t = predictions[kept], labels[kept]
+    sections = _good(bundle, p, t, judged), _fails(bundle, run, p, t, judged, groups), _trusted(p, t, judged, shifted, n, seed), _about(bundle, run)
+    return page(f'{bundle.recipe.name} on {of}', _head(bundle, run, predictions, labels, judged, shifted, of), *sections)
+
+def _fails(bundle, run, p, t, judged, groups):
+    "The worst slices, groups, sizes, the surest slices, heatmaps"
     cuts, store = bundle.operating().threshold.fillna(bundle.recipe.threshold), Store(run.images)
-    good = _good(bundle, p, t, judged)
-    fails = Section(H2('Where it fails'), H3('The slices on which it is most wrong, twenty at most'), worst_slices(store, p, t),
-                    H3('By group'), Div(*group_charts(groups, 'its own threshold'), cls='charts'), *sizes_tables(groups), H3('Surest, right and wrong'), extreme_slices(store, p, t, cuts),
-                    *_where_it_looks(bundle, run, judged, p.index))
-    charts = calibration_charts(p, t, recalibrated(p, t)[0], 'other patients of this run', n)
-    trusted = Section(H2('Can it be trusted?'), *shift_section(shifted), H3('Calibration'), *[calibration_table(judged, data) for data in ('kept slices', 'studies')],
-                      P(_of_calibration, cls='note'), Div(*charts, cls='charts'))
-    return page(f'{bundle.recipe.name} on {of}', _head(bundle, run, predictions, labels, judged, shifted, of), good, fails, trusted, _about(bundle, run))
+    return Section(H2('Where it fails'), H3('The slices on which it is most wrong, twenty at most'), worst_slices(store, p, t),
+                   H3('By group'), Div(*group_charts(groups, 'its own threshold'), cls='charts'), *sizes_tables(groups),
+                   H3('Surest, right and wrong'), extreme_slices(store, p, t, cuts), *_where_it_looks(bundle, run, judged, p.index))
+
+def _trusted(p, t, judged, shifted, n, seed):
+    "Shift and calibration"
+    figures = [calibration_table(judged, data) for data in ('kept slices', 'studies')]
+    charts = calibration_charts(p, t, recalibrated(p, t, seed)[0], 'other patients of this run', n)
+    return Section(H2('Can it be trusted?'), *shift_section(shifted), H3('Calibration'), *figures,
+                   P(_of_calibration, cls='note'), Div(*charts, cls='charts'))
 
 def _where_it_looks(bundle, run, judged, images):
     "Its heatmaps against masks, where they were judged"
@@ -155,8 +181,9 @@ def _where_it_looks(bundle, run, judged, images):
 def _good(bundle, p, t, judged):
     "Figures by label, what thresholds are worth, curves"
     tables = [_version_table(judged, data, version) for data in ('kept slices', 'studies') for version in ('as trained', 'recalibrated')]
-    caption = 'what its thresholds, as it came with them, are worth here; predictive values where 10 % or 40 % bleed; alarms: slices called in a study without a bleed'
-    decided = [H3('What a threshold is worth'), _thresholds(bundle), decisions_table(judged.assign(group=''), caption, _asked(bundle)),
+    caption = ('what its thresholds, as it came with them, are worth here; predictive values where 10 % or 40 % bleed; '
+               'false alarms: slices called in a study without a bleed')
+    decided = [H3('What a threshold is worth'), _thresholds(bundle), decisions_table(judged.assign(group=''), caption, _asked(judged)),
                Div(*net_benefit_charts(judged), cls='charts'), P(_of_net_benefit, cls='note')]
     curves = Div(*[inline(*chart) for chart in _charts(bundle, p, t, judged)], cls='charts')
     return Section(H2('How good, and how sure'), *tables, P(_note, cls='note'), *decided, H3('Curves'), curves)
@@ -166,9 +193,10 @@ def _head(bundle, run, predictions, labels, judged, shifted, of):
     asked = f'Learned from {_learned(bundle)}. Judged on {of}: {_counts(predictions, labels)}, from {source_kind(run)}. Written {date.today():%d %B %Y} with ich_fastai.'
     verdict = shift_findings(shifted)[0]
     return Header(P('Research use, not a medical device', cls='use'), H1('A finished model, judged: ', Span(bundle.recipe.name)), *banners(run), *leak, P(asked),
-                  *[P(sentence, cls='lead') for sentence in [*findings(bundle, judged), verdict]])
+                  *[P(sentence, cls='lead') for sentence in [*findings(judged), verdict]])
 
-_of_net_benefit = 'Net benefit of probabilities recalibrated on other patients of this run: bleeds found a slice or study, less false alarms at the odds of the threshold.'
+_of_net_benefit = ('Net benefit of probabilities recalibrated on other patients of this run: (true positives - false positives x p/(1 - p)) / rows, at the threshold p; '
+                   'it ends where nothing is called.')
 
 _note = ('Slices with enough brain, and studies by the rule of the bundle. Patients: those with the label. Where there is no interval, fewer than four patients have the label, or lack it: '
          'such a figure tells nothing. PPV is at the share of bleeds that these patients have. Recalibrated: each fifth of the patients is called at thresholds that Youden\'s rule chose on the other four.')
@@ -235,10 +263,10 @@ def evaluate_bundle(
         judged = _judged(loaded, run, predictions, labels, n, seed)
         shifted = _shift_of(loaded, run, predictions)
         groups = groups_here(loaded, run, predictions, labels, n, seed)
-        html = evaluation_page(loaded, run, predictions, labels, judged, groups, shifted, n, side)
+        html = evaluation_page(loaded, run, predictions, labels, judged, groups, shifted, n, side, seed)
         whole = pd.concat([judged.assign(group=''), groups[groups['group'] != '']], ignore_index=True)
         with write_whole(folder/'judge.parquet') as part: whole.to_parquet(part)
         _write_shift(shifted, folder/'shift.parquet')
         with write_whole(folder/'report.html') as part: part.write_text(html, encoding='utf-8')
     leak = [f'Not a test: these are {whose(loaded, run, side)}.'] if 'has learned' in whose(loaded, run, side) else []
-    return Evaluation(folder, judged, [*leak, *findings(loaded, judged), shift_findings(shifted)[0]])
+    return Evaluation(folder, judged, [*leak, *findings(judged), shift_findings(shifted)[0]])

@@ -108,21 +108,30 @@ def _counted(predictions, labels):
     rows = [dict(label=label, estimate=patients[labels[label]].nunique()) for label in LABELS if predictions[label].notna().any()]
     return pd.DataFrame(rows).assign(metric='patients', note='')
 
+def _of_prevalence(predictions, labels):
+    "Losses of whoever predicts the share with the label everywhere"
+    shares = labels.mean()
+    constant = predictions.assign(**{label: shares[label] for label in LABELS if predictions[label].notna().any()})
+    return judge_metrics({0: constant}, labels, LOSSES, n=1).assign(version='prevalence', low=np.nan, high=np.nan)
+
+def _error_alone(rows): # A line through five folds' probabilities put together tells of the folds
+    return rows[rows['metric'] == 'calibration_error']
+
 def _judged_level(predictions, labels, data, points, n, seed):
     "Figures of slices, or of studies, as trained and recalibrated; `points`: thresholds by operating point"
     mended, calls = recalibrated(predictions, labels, seed)
     trained = pd.concat([_counted(predictions, labels), judge_rows({0: predictions}, labels, {0: points['Youden']}, n, seed)])
-    then = [judge_metrics({0: mended}, labels, LOSSES, n, seed), judge_metrics({0: calls}, labels, CALLS, n, seed), judge_calibration({0: mended}, labels)]
+    then = [judge_metrics({0: mended}, labels, LOSSES, n, seed), judge_metrics({0: calls}, labels, CALLS, n, seed), _error_alone(judge_calibration({0: mended}, labels))]
     if mended['any'].notna().all(): then.append(judge_net_benefit({0: mended}, labels, n, seed))
     decided = decision_table(predictions, labels, points, _prevalences, n, seed, data)
-    parts = [trained.assign(version='as trained'), pd.concat(then).assign(version='recalibrated'), decided[decided['estimate'].notna()]]
+    parts = [trained.assign(version='as trained'), pd.concat(then).assign(version='recalibrated'), _of_prevalence(predictions, labels), decided[decided['estimate'].notna()]]
     return pd.concat(parts, ignore_index=True).assign(data=data).fillna(dict(point=''))
 
 def judge_bundle(
     bundle:Bundle,
     predictions:pd.DataFrame, labels:pd.DataFrame, # By image, the same rows
     n:int=1000, seed:int=0, # Resamples of the patients, and folds
-)->pd.DataFrame: # data ('kept slices', 'studies'), point, version ('as trained', 'recalibrated'), label, metric, estimate, low, high, note
+)->pd.DataFrame: # data ('kept slices', 'studies'), point, version ('as trained', 'recalibrated', 'prevalence'), label, metric, estimate, low, high, note
     "All figures of a bundle on some patients; NaN where a label is not predicted, or not known to be on and off"
     kept = predictions['kept'].to_numpy(bool)
     if not kept.any(): raise CliError('no slice has enough brain to be judged')

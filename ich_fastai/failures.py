@@ -67,7 +67,7 @@ def _images(store, rows, labels):
     places = _third(store, rows.index)
     return [slice_figure(image, _caption(row, labels.loc[row.Index], place)) for image, row, place in zip(images, rows.itertuples(), places)]
 
-_groups = dict(found='Found, and surest', cleared='Cleared, and surest', missed='Missed, and surest', alarm='False alarm, and surest')
+_groups = dict(found='Found, with the highest probability', cleared='Cleared, with the lowest', missed='Missed, with the lowest', alarm='False alarms, with the highest')
 
 def extreme_slices(
     store:Store,

@@ -81,6 +81,7 @@ def plot_precision_recall(
     for label in _spoken(predictions, labels):
         p, t = predictions[label], labels[label]
         precision, recall = precision_recall_curve(t, p)[:2]
+        precision[-1] = precision[-2]  # Not scikit-learn's 1, where nothing is called
         ax.plot(recall, precision, color=COLORS[label], lw=_width(label), drawstyle='steps-post', label=_of_label(figures.loc[label]))
         ax.axhline(t.mean(), color=COLORS[label], lw=.9, ls=':')
         called = p > cuts[label]
@@ -117,7 +118,7 @@ def plot_confusion(
             text = f'{c:,}' if np.isnan(share[i, j]) else f'{c:,}\n{share[i, j]:.0%}'
             ax.text(j, i, text, ha='center', va='center', fontsize=8, color='white' if share[i, j] > .6 else 'black')
         ax.set(xticks=[0, 1], yticks=[0, 1], xticklabels=['no', 'yes'], yticklabels=['no', 'yes'] if ax is axs[0] else [])
-        ax.set_title(f'{label}\nabove {cut:.3g}', fontsize=8)
+        ax.set_title(f'{label}\nabove {max(cut, 0):.3g}', fontsize=8)
     axs[0].set_ylabel('truth', fontsize=9); axs[0].figure.supxlabel('predicted', fontsize=9)
     axs[0].figure.suptitle(f'Confusion: {_rows(predictions)}', fontsize=9)
     return axs
@@ -183,10 +184,11 @@ def plot_net_benefit(
     "Net benefit by threshold with its 95 % interval by patient, against treating all and none"
     ax = ax or plt.subplots(figsize=(4.6, 3.4), layout='constrained')[1]
     ax.plot(benefits.index, benefits['all'], color='.45', lw=1.2, ls='--', label='treat all')
+    benefits = benefits[(benefits[['estimate', 'low', 'high']] != 0).any(axis=1)]  # Above these thresholds nothing is called
     ax.axhline(0, color='.7', lw=1, ls=':', label='treat none')
     ax.fill_between(benefits.index, benefits['low'], benefits['high'], color=COLORS[label], alpha=.18, lw=0)
     ax.plot(benefits.index, benefits['estimate'], color=COLORS[label], lw=1.8, label='model (95 % interval)')
-    top = max(.01, benefits[['estimate', 'high', 'all']].max().max())*1.1
+    top = max(.01, np.nan_to_num(benefits[['estimate', 'high', 'all']].max().max()))*1.1
     ax.set(xlabel='threshold, a probability', ylabel='net benefit', ylim=(-.35*top, top), xlim=(0, 1))
     ax.set_title(f'Net benefit: {label}', fontsize=10)
     _legend(ax, None, loc='upper right')

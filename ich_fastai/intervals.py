@@ -154,7 +154,7 @@ def share_interval(
 )->tuple: # (low, high)
     "Wilson's interval for as many independent observations as have this standard error, with t; the exact one of the patients at 0 and 1"
     if not 0 < estimate < 1: return _one_sided(estimate, behind.patients)
-    if se == 0: return estimate, estimate  # As the AUROC of equal scores
+    if se < 1e-9: return estimate, estimate  # As the AUROC of equal scores
     n, t2 = estimate*(1 - estimate)/se**2, _t(behind.degrees)**2
     middle = (estimate + t2/(2*n))/(1 + t2/n)
     half = np.sqrt(t2*(estimate*(1 - estimate)/n + t2/(4*n**2)))/(1 + t2/n)
@@ -207,7 +207,9 @@ def patients_behind(
         return behind(frame.PatientID, *_rests_on(metric, frame[label].to_numpy(), labels[label].to_numpy(bool), cut), weigh=metric in _ranks)
     each = [one(*seed) for seed in _by_seed(predictions, threshold)]
     fewest = Behind(*map(min, zip(*each)))
-    return fewest._replace(degrees=2.*fewest.patients) if metric in _of_all else fewest
+    if metric not in _of_all: return fewest
+    everyone = _by_seed(predictions, threshold)[0][0].PatientID.nunique()
+    return fewest._replace(degrees=min(2.*fewest.patients, everyone - 1.))
 
 # %% ../nbs/30_intervals.ipynb #3fe4ea0d
 def metric_interval(metric, estimate, se, behind):

@@ -122,7 +122,7 @@ def benefits_of(
     def of(metric):
         here = rows[rows['metric'] == metric]
         return here.set_index(here['point'].str.split().str[1].astype(float).rename('threshold'))
-    return of('net benefit')[['estimate', 'low', 'high']].assign(all=of('net benefit of all')['estimate'], gain=of('gain')['estimate'])
+    return of('net benefit')[['estimate', 'low', 'high']].assign(all=of('net benefit of all')['estimate'], gain=of('gain')['estimate']).astype(float)
 
 # %% ../nbs/32_judge.ipynb #0a3ce874
 def of_kind(

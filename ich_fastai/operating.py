@@ -154,13 +154,13 @@ def choose_calibration(
 # %% ../nbs/21c_operating.ipynb #caf0fb77
 def calibration_error(
     p, t, # [n] probabilities and bool truth
-    bins:int=10, # Of equally many rows
+    bins:int=10, # Of equally many rows; fewer where probabilities tie
 )->float:
-    "Expected calibration error: the mean distance of what is told from what is so, over bins of equally many rows"
+    "Expected calibration error: the mean distance of predicted probabilities from observed frequencies, over bins of equally many rows"
     p, t = np.asarray(p, np.float64), np.asarray(t, bool)
-    order = np.argsort(p, kind='stable')
-    parts = np.array_split(order, min(bins, len(p)))
-    return float(sum(len(part)*abs(p[part].mean() - t[part].mean()) for part in parts)/len(p))
+    edges = np.unique(np.quantile(p, np.linspace(0, 1, bins + 1)))
+    where = np.searchsorted(edges[1:-1], p, 'left')  # Equal probabilities in one bin, whatever the order of the rows
+    return float(np.abs(np.bincount(where, p) - np.bincount(where, t)).sum()/len(p))
 
 # %% ../nbs/21c_operating.ipynb #5c2232db
 POINTS = {'Youden': {}, 'sensitivity .95': dict(sensitivity=.95), 'sensitivity .90': dict(sensitivity=.9),

@@ -61,14 +61,20 @@ def chosen_recipe(
 
 def _with_interval(row, name, digits=3): return in_words(interval_text(row, name, digits))
 
-def _best_sentence(best, folds):
+def _valid_note(judged, recipe):
+    "How few the validation patients were, if they were few"
+    rows = judged[(judged['recipe'] == recipe) & (judged['data'] == 'valid slices') & (judged['metric'] == 'auroc') & (judged['label'] == 'any')]
+    note = rows['note'].iloc[0] if len(rows) else ''
+    return f' ({note.removeprefix("no interval: ").removeprefix("only ")}: a choice of little weight)' if note else ''
+
+def _best_sentence(best, judged, folds):
     spread = best.get('auroc_any_spread')
     n_seeds = len(best.seeds.split(', '))
     seeds = f', the mean of {n_seeds} seeds that spread by {spread:.3f} (standard deviation)' if pd.notna(spread) else ''
     by_study = f', by study {_with_interval(best, "study_auroc_any")}' if pd.notna(best.study_auroc_any_low) else ''
     on_all = 'Over all patients, among them those of validation, so slightly too high'
     where = on_all if folds else 'On test, where nothing was chosen'
-    return (f'{best.recipe} was best on the validation patients at ranking slices with a bleed above slices without. '
+    return (f'{best.recipe} was best on the validation patients{_valid_note(judged, best.recipe)} at ranking slices with a bleed above slices without. '
             f'{where}: AUROC {_with_interval(best, "auroc_any")}{seeds}{by_study}, '
             f'on {int(best.n_slices):,} slices of {int(best.n_patients):,} patients.')
 
@@ -106,7 +112,7 @@ def board_findings(
     if pd.isna(best.auroc_any_low):
         return [f'Too few patients to judge: {best.note or f"{int(best.n_patients):,} patients in test"}. No figure here tells one recipe from another.']
     notes = [f'{note[0].upper()}{note[1:]}.' for note in sorted({x for x in rows.note.fillna('') if x})]
-    return [_best_sentence(best, folds), *_call_sentence(best), *_floor_sentence(best, len(rows) == 1), *_luck_sentence(board, judged), *notes]
+    return [_best_sentence(best, judged, folds), *_call_sentence(best), *_floor_sentence(best, len(rows) == 1), *_luck_sentence(board, judged), *notes]
 
 # %% ../nbs/36_report.ipynb #e70d6b87
 def _weights(known):
@@ -132,7 +138,8 @@ def _asked(known):
     return (f'{_question} {n} recipes learned from patients of the training side ({patients[trained].nunique():,} patients, {trained.sum():,} slices, of which each takes what it asks for) '
             f'and were judged on the {patients[tested].nunique():,} test patients, none of whom is in training or validation. {data}')
 
-_intervals = 'Intervals are 95 % intervals by patient: their standard error comes from drawing patients again with all their slices, as the slices of one are nearly alike.'
+_intervals = ('Intervals are 95 % intervals by patient: their standard error comes from drawing patients again with all their slices, as the slices of one are nearly alike. '
+              'Models, thresholds and seeds are held as they are: another training, or other validation patients, would move the figures too.')
 
 def _top(known):
     title = H1('Bleeding on head CT: ', Span(f'{len(on_any(known.board))} recipes compared'))
@@ -171,7 +178,7 @@ def _any_tables(board):
     if not sides: return []
     def ranks(slices):
         rows = sides[slices]
-        return [H3(f'any, on {slices} test slices'), _counts(rows), _figures(rows, _ranking, about=()), _seeds_table(rows)]
+        return [H3(f'Any bleed, on {slices} test slices'), _counts(rows), _figures(rows, _ranking, about=()), _seeds_table(rows)]
     def calls(slices): return _figures(sides[slices], _calls, f"{slices} test slices, called at the recipe's own threshold", ('any_from', 'study_rule'))
     title = 'On slices with enough brain, and at their own thresholds'
     return [*ranks('all'), Details(Summary(title), *ranks('kept'), calls('all'), calls('kept'))]
@@ -235,6 +242,9 @@ class _Model(NamedTuple):
         parts = {part: self.by_label('kept slices', f'line {part}')['estimate'] for part in ('slope', 'intercept')}
         return pd.DataFrame(parts).fillna(dict(slope=1., intercept=0.))
 
+    @property
+    def bent(self): return bool(self.line.ne((1, 0)).any(axis=None)) # Was anything recalibrated?
+
 def _model(known, row):
     seed = _first_seed(row)
     folder = known.run.model(row.recipe, seed)
@@ -261,9 +271,10 @@ def _decisions(known, best):
     "What thresholds of the recipe of the headline are worth, on `any`"
     rows = _model(known, best).judged
     seed = f'{best.recipe} (seed {_first_seed(best)})'
-    caption = f'{seed}: what its thresholds are worth on test; predictive values where 10 % or 40 % bleed; alarms: slices called in a study without a bleed'
+    caption = f'{seed}: what its thresholds are worth on test; predictive values where 10 % or 40 % bleed; false alarms: slices called in a study without a bleed'
+    bent = ', recalibrated on valid'*_model(known, best).bent
     return [H3('What a threshold is worth'), decisions_table(rows, caption), Div(*net_benefit_charts(rows), cls='charts'),
-            P(f'Net benefit of {seed}, recalibrated on valid: bleeds found a slice or study, less false alarms at the odds of the threshold.', cls='note')]
+            P(f'Net benefit of {seed}{bent}: (true positives - false positives x p/(1 - p)) / rows, at the threshold p; it ends where nothing is called.', cls='note')]
 
 def _how_good(known):
     failed = known.board[known.board['board'] == 'failed']
@@ -320,12 +331,11 @@ def _shifted(known, model, predictions):
 def _trusted(known, best):
     model = _model(known, best)
     p, t = of_split(with_any(model.predictions)[0], known.labels, 'test', kept=True)
-    bent = model.line.ne((1, 0)).any(axis=None)
     few = f'The validation patients are too few to recalibrate: {FEWEST_TO_FIT} with a label and {FEWEST_TO_FIT} without are wanted.'
     charts = calibration_charts(p, t, calibrated(p, model.line), 'the validation patients')
     figures = calibration_table(known.judged[known.judged['recipe'] == best.recipe])
     return Section(H2('Can it be trusted?'), _guards(known), *_shifted(known, model, p), H3('Calibration'), figures,
-                   '' if bent else P(few, cls='note'), Div(*charts, cls='charts'))
+                   '' if model.bent else P(few, cls='note'), Div(*charts, cls='charts'))
 
 # %% ../nbs/36_report.ipynb #ebf2132a
 def _cost_table(board):

@@ -20,7 +20,7 @@ from .operating import POINTS
 from .shift import plot_shift, shift_findings
 from .figures import plot_calibration, plot_net_benefit
 from .subgroups import FIXED, SIZES, plot_groups
-from .localization import RATES, has_heatmaps, heatmaps, plot_heatmap, read_masks
+from .localization import LOOKED, RATES, has_heatmaps, heatmaps, plot_heatmap, read_masks
 from .judge import benefits_of
 
 # %% ../nbs/34b_sections.ipynb #7327ff3c
@@ -30,7 +30,7 @@ def _of_metric(rows, metric):
     return '' if here.empty else figure_text(here.iloc[0], 2)
 
 _decided = {'sensitivity': 'sensitivity', 'specificity': 'specificity', 'PPV at 10 %': 'PPV at 0.1', 'NPV at 10 %': 'NPV at 0.1',
-            'PPV at 40 %': 'PPV at 0.4', 'NPV at 40 %': 'NPV at 0.4', 'alarms a study': 'alarms a study'}
+            'PPV at 40 %': 'PPV at 0.4', 'NPV at 40 %': 'NPV at 0.4', 'false alarms a study': 'alarms a study'}
 
 def decisions_table(
     judged:pd.DataFrame, # Rows of one model, with a `point`
@@ -41,9 +41,9 @@ def decisions_table(
     rows = judged[judged['point'].isin(POINTS) & (judged['group'] == '') & (judged['label'] == label)]
     def one(data, point, of_it):
         figures = {title: _of_metric(of_it, metric) for title, metric in _decided.items()}
-        return {'of': data, 'chosen on valid for': point, **figures}
+        return {'unit': data, 'threshold chosen for': point, **figures}
     cells = [one(*key, of_it) for key, of_it in rows.groupby(['data', 'point'], sort=False)]
-    return table(cells, caption, ('of', 'chosen on valid for'))
+    return table(cells, caption, ('unit', 'threshold chosen for'))
 
 # %% ../nbs/34b_sections.ipynb #18956732
 def net_benefit_charts(
@@ -110,8 +110,12 @@ def calibration_table(
     figures = rows.set_index(['label', 'version', 'metric'])['estimate'].dropna()
     def one(label, version): return dict(label=label, version=version, **{title: figures.get((label, version, metric), np.nan) for metric, title in _calibrated.items()})
     labels = [label for label in LABELS if (label, 'as trained', 'log_loss') in figures.index]
-    cells = [one(label, version) for label in labels for version in ('as trained', 'recalibrated')]
-    return table(cells, f'calibration, {data}; slope 1 and intercept 0 are right', ('label', 'version'))
+    def versions(label):
+        rows = [one(label, version) for version in ('as trained', 'recalibrated', 'prevalence') if (label, version, 'log_loss') in figures.index]
+        same = len(rows) > 1 and all(rows[0][title] == rows[1][title] for title in ('log loss', 'Brier score'))
+        return rows[:1] + rows[2:] if same else rows  # Nothing was recalibrated
+    cells = [row for label in labels for row in versions(label)]
+    return table(cells, f'calibration, {data}; slope 1 and intercept 0 are right; prevalence: the share with the label, predicted everywhere', ('label', 'version'))
 
 # %% ../nbs/34b_sections.ipynb #c1f7e63b
 def calibration_charts(
@@ -126,8 +130,11 @@ def calibration_charts(
     return [as_trained, inline(plot_calibration(recalibrated, labels, n), f'Calibration after recalibration on {on}')]
 
 # %% ../nbs/34b_sections.ipynb #e84cb2a3
-_places = {'hottest pixel in the bleed': 'pointing', 'by chance': 'pointing_chance', 'box IoU': 'box_iou', 'Dice': 'dice',
-           **{f'lesions marked at {rate:g} false marks a slice': f'froc_{rate:g}' for rate in RATES}}
+_places = {'hottest pixel within 8 px of the bleed': 'pointing', 'a pixel by chance': 'pointing_chance', 'box IoU': 'box_iou', 'Dice': 'dice',
+           'slices without any heat': 'no_heat', **{f'lesions marked at {rate:g} false marks a slice': f'froc_{rate:g}' for rate in RATES}}
+
+_of_places = (f'Grad-CAM against masks of the bleeds, at 256 px, of at most {LOOKED} slices with a mask and {LOOKED} without a bleed; hot is half of the maximum; '
+              'a lesion is a connected piece of the mask of one slice')
 
 def localization_table(
     judged:pd.DataFrame, # Rows of one model
@@ -135,7 +142,7 @@ def localization_table(
     "How well its heatmaps point at the bleeds"
     rows = judged[judged['data'] == 'slices with masks']
     if rows.empty: return ''
-    return table([{title: _of_metric(rows, metric) for title, metric in _places.items()}], 'Grad-CAM against masks of the bleeds')
+    return table([{title: _of_metric(rows, metric) for title, metric in _places.items()}], _of_places)
 
 def heatmap_figure(
     bundle, run, # As for `heatmaps`

@@ -21,7 +21,7 @@ from .masks import kept_masks
 from .explore import PLAIN, _column, _header_name, _numbers
 from .operating import POINTS, operating_points
 from .study import StudyRule, by_study
-from .intervals import intervals, of_split
+from .intervals import intervals, of_split, with_any
 
 # %% ../nbs/31b_subgroups.ipynb #c86ee4e3
 def named_ranges(
@@ -225,13 +225,15 @@ def judge_sizes(
 # %% ../nbs/31b_subgroups.ipynb #84d7ce71
 def _sides(predictions, labels, rule):
     "For slices and for studies: (what they are, (valid, truth), (test, truth))"
-    sides = 'valid', 'test'
-    yield 'kept slices', *(of_split(predictions, labels, side, kept=True) for side in sides)
-    yield 'studies', *(by_study(*of_split(predictions, labels, side), rule) for side in sides)
+    def slices(side): return of_split(with_any(predictions)[0], labels, side, kept=True)
+    def studies(side):
+        p, t = by_study(*of_split(predictions, labels, side), rule)
+        return with_any(p)[0], t
+    for data, of_side in {'kept slices': slices, 'studies': studies}.items(): yield data, of_side('valid'), of_side('test')
 
 def judge_subgroups(
     run, # The run folder
-    predictions:pd.DataFrame, # From `run_recipe`
+    predictions:pd.DataFrame, # From `run_recipe`; where `any` is not predicted, it is the maximum of the types, of slices or of studies
     rule:StudyRule=StudyRule(), # The bundle's
     point:str=FIXED, # Of `POINTS`, chosen on valid
     n:int=1000, seed:int=0, # Resamples of the patients
