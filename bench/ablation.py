@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from ich_fastai.core import Run
 from ich_fastai.intake import phantom_run
-from ich_fastai.intervals import difference_interval, of_split, resampled
+from ich_fastai.intervals import Behind, difference_interval, of_split, resampled
 from ich_fastai.labels import split_patients
 from ich_fastai.recipes import Recipe
 from ich_fastai.run import run_recipe
@@ -35,10 +35,10 @@ def measured(run, recipe, seeds, metric): # [1001, seeds]: a metric of the test 
     return np.column_stack([one(seed) for seed in seeds])
 
 def line_of(ours, base, k): # By metric the mean over seeds, and of its difference to the base with the 95 % interval by patient, `k` of whom bleed
-    cells = {}
+    cells, whom = {}, Behind(k, k - 1.)
     for metric, called in METRICS.items():
         change = (ours[metric] - base[metric]).mean(1)
-        low, high = difference_interval(change[0], change[1:].std()*np.sqrt(k/(k - 1)), k, k - 1)
+        low, high = difference_interval(change[0], whom.standard_error(change[1:]), whom)
         cells |= {called: f'{ours[metric][0].mean():.4f}', f'change of {called}': f'{change[0]:+.4f} ({low:+.4f} to {high:+.4f})'}
     return cells
 

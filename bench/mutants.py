@@ -226,8 +226,7 @@ _faults = {
     '34b_sections': [
         ("(judged['data'] == 'kept slices') & ~judged['group']", "(judged['data'] == 'studies') & ~judged['group']", 'studies for slices'),
         ("judged[judged['data'] == data]", "judged[judged['data'] != data]", 'net benefit of the other level'),
-        ('areas[areas > 0].sort_values(ascending=False)', 'areas.sort_values(ascending=False)', 'heatmaps of slices without a bleed'),
-        ("rows.loc['n_with', 'estimate']", "rows.loc['n', 'estimate']", 'slices for those with the label')],
+        ('areas[areas > 0].sort_values(ascending=False)', 'areas.sort_values(ascending=False)', 'heatmaps of slices without a bleed')],
     '35_compare': [
         ("predictions.index[predictions['split'] == 'train']", "predictions.index[predictions['split'] == 'test']", 'prevalence of test'),
         ("'labels', 'split', 'index', 'metadata', 'masks'", "'labels', 'split', 'metadata', 'masks'", 'figures stay where other slices count'),

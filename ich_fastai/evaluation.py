@@ -88,7 +88,8 @@ def findings(
     by_study = of.loc[('studies', 'as trained', 'auroc')]
     if np.isnan(by_study.estimate): of_studies = 'by study none, as every study has it, or none does'
     else: of_studies = f"by study {at('studies', 'as trained', 'auroc')}"
-    below = ' That is worse than chance.' if rank.high < .5 or by_study.high < .5 else ''
+    worse = [name for name, row in dict(slice=rank, study=by_study).items() if row.high < .5]
+    below = f' By {" and by ".join(worse)} that is worse than chance.' if worse else ''
     found = [f"{label}: AUROC by slice {at('kept slices', 'as trained', 'auroc')}, {of_studies}; 95 % intervals by patient.{below}"]
     for name, level in dict(slice='kept slices', study='studies').items():
         if np.isnan(of.loc[(level, 'as trained', 'sensitivity'), 'estimate']): continue
