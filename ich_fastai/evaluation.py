@@ -25,7 +25,7 @@ from .subgroups import FIXED, bleed_sizes, judge_groups, judge_sizes, slice_grou
 from .study import by_study
 from .failures import extreme_slices, worst_slices
 from .localization import judge_localization
-from .sections import calibration_charts, calibration_table, decisions_table, group_charts, heatmap_figure, localization_table, net_benefit_charts, shift_section, sizes_tables
+from .sections import calibration_charts, calibration_table, decisions_table, group_charts, localization_section, net_benefit_charts, shift_section, sizes_tables
 from .external import check_side, judge_bundle, learned_here, other_predictions, recalibrated
 
 # %% ../nbs/46_evaluation.ipynb #9e4da5a2
@@ -165,7 +165,7 @@ def _fails(bundle, run, p, t, judged, groups):
     cuts, store = bundle.operating().threshold.fillna(bundle.recipe.threshold), Store(run.images)
     return Section(H2('Where it fails'), H3('The slices on which it is most wrong, twenty at most'), worst_slices(store, p, t),
                    H3('By group'), Div(*group_charts(groups, 'its own threshold'), cls='charts'), *sizes_tables(groups),
-                   H3('Surest, right and wrong'), extreme_slices(store, p, t, cuts), *_where_it_looks(bundle, run, judged, p.index))
+                   H3('Surest, right and wrong'), extreme_slices(store, p, t, cuts), *localization_section(judged, bundle, run, p.index))
 
 def _trusted(p, t, judged, shifted, n, seed):
     "Shift and calibration"
@@ -173,11 +173,6 @@ def _trusted(p, t, judged, shifted, n, seed):
     charts = calibration_charts(p, t, recalibrated(p, t, seed)[0], 'other patients of this run', n)
     return Section(H2('Can it be trusted?'), *shift_section(shifted), H3('Calibration'), *figures,
                    P(_of_calibration, cls='note'), Div(*charts, cls='charts'))
-
-def _where_it_looks(bundle, run, judged, images):
-    "Its heatmaps against masks, where they were judged"
-    places = localization_table(judged)
-    return [H3('Where it looks'), places, heatmap_figure(bundle, run, images)] if places else []
 
 def _good(bundle, p, t, judged):
     "Figures by label, what thresholds are worth, curves"

@@ -17,7 +17,7 @@ from .operating import POINTS, calibrated, calibration_line, operating_points
 from .bundle import Bundle, load_bundle
 from .baselines import header_numbers
 from .decisions import decision_table
-from .judge import CALLS, LOSSES, judge_calibration, judge_metrics, judge_net_benefit, judge_rows
+from .judge import CALLS, JUDGED_PREVALENCES, LOSSES, judge_calibration, judge_metrics, judge_net_benefit, judge_rows
 from .predict import bundle_probabilities
 
 # %% ../nbs/45_external.ipynb #b8b52959
@@ -100,8 +100,6 @@ def recalibrated(
 # %% ../nbs/45_external.ipynb #9fc2d924
 _columns = ['data', 'point', 'version', 'label', 'metric', 'estimate', 'low', 'high', 'note']
 
-_prevalences = .1, .4 # As in a comparison
-
 def _counted(predictions, labels):
     "How many patients have each label that is predicted"
     patients = predictions['PatientID']
@@ -123,7 +121,7 @@ def _judged_level(predictions, labels, data, points, n, seed):
     trained = pd.concat([_counted(predictions, labels), judge_rows({0: predictions}, labels, {0: points['Youden']}, n, seed)])
     then = [judge_metrics({0: mended}, labels, LOSSES, n, seed), judge_metrics({0: calls}, labels, CALLS, n, seed), _error_alone(judge_calibration({0: mended}, labels))]
     if mended['any'].notna().all(): then.append(judge_net_benefit({0: mended}, labels, n, seed))
-    decided = decision_table(predictions, labels, points, _prevalences, n, seed, data)
+    decided = decision_table(predictions, labels, points, JUDGED_PREVALENCES, n, seed, data)
     parts = [trained.assign(version='as trained'), pd.concat(then).assign(version='recalibrated'), _of_prevalence(predictions, labels), decided[decided['estimate'].notna()]]
     return pd.concat(parts, ignore_index=True).assign(data=data).fillna(dict(point=''))
 

@@ -16,6 +16,7 @@ from .core import LABELS
 from . import metrics
 from .metrics import Draws
 from .explore import COLORS, PLAIN
+from .operating import equal_bins
 from .intervals import FEWEST, behind, intervals, patient_weights, share_interval
 
 # %% ../nbs/31_figures.ipynb #97d90dc7
@@ -132,8 +133,7 @@ def calibration(
 )->pd.DataFrame: # By bin: predicted (mean), observed (share), low, high, rows
     "Predicted probability against observed frequency"
     p, t = predictions[label].to_numpy(np.float64), labels[label].to_numpy(bool)
-    edges = np.unique(np.quantile(p, np.linspace(0, 1, bins + 1)))
-    where = np.searchsorted(edges[1:-1], p, 'left')
+    where = equal_bins(p, bins)
     patient, names = pd.factorize(predictions.PatientID, sort=True)
     draws, per_bin = Draws(patient, patient_weights(len(names), n, seed)), pd.Series(p).groupby(where)
     def one(b):

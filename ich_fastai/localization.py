@@ -119,18 +119,20 @@ def _output_of(recipe, label):
     if label not in recipe.labels: raise CliError(f"'{recipe.name}' does not predict {label}: give one of {there}")
     return recipe.labels.index(label) - len(recipe.labels)  # From the end: a softmax may have 'none' before
 
+_dense = 'simple_nn', 'deep_cnn' # Networks that end in a dense layer
+
 def has_heatmaps(
     recipe, # A `Recipe`
     label:str='any',
 )->bool:
     "Whether it is a network that pools feature maps, and predicts the label"
-    return recipe.kind == 'cnn' and recipe.arch not in ('simple_nn', 'deep_cnn') and label in recipe.labels
+    return recipe.kind == 'cnn' and recipe.arch not in _dense and label in recipe.labels
 
 def _check_cnn(bundle):
     recipe = bundle.recipe
     if recipe.kind != 'cnn':
         raise CliError(f"'{recipe.name}' is a {recipe.kind} and has no feature maps of its own: give a CNN, such as one of its parts")
-    if recipe.arch in ('simple_nn', 'deep_cnn'):
+    if recipe.arch in _dense:
         raise CliError(f'{recipe.arch} ends in a dense layer, which has no places: give a network that pools feature maps')
 
 def heatmaps(
@@ -325,7 +327,7 @@ def judge_heatmaps(
     return pd.DataFrame(rows).assign(data=data, group='', version='as trained', label=label)[_columns]
 
 # %% ../nbs/31c_localization.ipynb #5c1bee13
-LOOKED = 150 # Slices with a mask, and without a bleed, that are looked at: two minutes of resnet50 at 256 px on two cores
+LOOKED = 150 # Slices with a mask, and without a bleed, that are looked at
 
 def slices_to_look_at(
     masks:pd.DataFrame, # From `kept_masks`

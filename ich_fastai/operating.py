@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FEWEST_TO_FIT', 'CALIBRATIONS', 'POINTS', 'operating_points', 'calibration_line', 'calibrated', 'isotonic_knots',
-           'at_knots', 'choose_calibration', 'calibration_error', 'operating_table', 'point_of', 'table_as_plain',
-           'table_of_plain', 'at_prevalence', 'predictive_values']
+           'at_knots', 'choose_calibration', 'equal_bins', 'calibration_error', 'operating_table', 'point_of',
+           'table_as_plain', 'table_of_plain', 'at_prevalence', 'predictive_values']
 
 # %% ../nbs/21c_operating.ipynb #a626dfc7
 import numpy as np
@@ -152,14 +152,21 @@ def choose_calibration(
     return pd.DataFrame([one(label) for label in LABELS], list(LABELS), ['choice', *CALIBRATIONS])
 
 # %% ../nbs/21c_operating.ipynb #caf0fb77
+def equal_bins(
+    p:np.ndarray, # [n]
+    bins:int=10, # Fewer where values tie
+)->np.ndarray: # int [n]
+    "The bin of each value, of equally many; equal values are in one, whatever the order of the rows"
+    edges = np.unique(np.quantile(p, np.linspace(0, 1, bins + 1)))
+    return np.searchsorted(edges[1:-1], p, 'left')
+
 def calibration_error(
     p, t, # [n] probabilities and bool truth
     bins:int=10, # Of equally many rows; fewer where probabilities tie
 )->float:
     "Expected calibration error: the mean distance of predicted probabilities from observed frequencies, over bins of equally many rows"
     p, t = np.asarray(p, np.float64), np.asarray(t, bool)
-    edges = np.unique(np.quantile(p, np.linspace(0, 1, bins + 1)))
-    where = np.searchsorted(edges[1:-1], p, 'left')  # Equal probabilities in one bin, whatever the order of the rows
+    where = equal_bins(p, bins)
     return float(np.abs(np.bincount(where, p) - np.bincount(where, t)).sum()/len(p))
 
 # %% ../nbs/21c_operating.ipynb #5c2232db

@@ -10,7 +10,6 @@ from datetime import date
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import pandas as pd
 from fastcore.script import CliError
 from fastcore.xml import Details, Div, H2, H3, H1, Header, P, Pre, Section, Span, Summary
@@ -28,7 +27,7 @@ from .published import published_table
 from .board import draws_of, interval_text, luck_of_first, overall, pairs, plot_board, ranking, whole_recipe
 from .failures import extreme_slices, worst_slices
 from .bundle import load_bundle
-from .sections import calibration_charts, calibration_table, decisions_table, group_charts, heatmap_figure, localization_table, net_benefit_charts, shift_section, sizes_tables
+from .sections import calibration_charts, calibration_table, decisions_table, group_charts, localization_section, net_benefit_charts, shift_section, sizes_tables
 from .compare import folds_of_board, model_result, read_board, read_judged
 
 # %% ../nbs/36_report.ipynb #4bd3a02a
@@ -300,12 +299,7 @@ def _fails(known, best):
                    H3('The slices on which it is most wrong, twenty at most'), worst_slices(known.store, p, t),
                    H3('By group'), Div(*charts, cls='charts'), *sizes_tables(of_groups),
                    H3('Surest, right and wrong'), extreme_slices(known.store, p, t, model.cuts.fillna(model.recipe.threshold)),
-                   *_where_it_looks(known, model, p.index))
-
-def _where_it_looks(known, model, images):
-    "Its heatmaps against masks, where they were judged"
-    judged = localization_table(model.judged)
-    return [H3('Where it looks'), judged, heatmap_figure(load_bundle(model.folder/'bundle'), known.run, images)] if judged else []
+                   *localization_section(model.judged, model.folder/'bundle', known.run, p.index))
 
 _of_folds = ("Each patient is predicted by models that had not seen them. Thresholds and recalibration come from the folds' validation sides put together, "
              'whose patients test in another fold: figures at a threshold, and recalibrated ones, are therefore slightly too good; '

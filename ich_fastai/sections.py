@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['decisions_table', 'net_benefit_charts', 'group_charts', 'sizes_tables', 'calibration_table', 'calibration_charts',
-           'localization_table', 'heatmap_figure', 'shift_section']
+           'localization_table', 'heatmap_figure', 'localization_section', 'shift_section']
 
 # %% ../nbs/34b_sections.ipynb #e3a16e12
 import matplotlib.pyplot as plt
@@ -18,6 +18,7 @@ from .clean import Store
 from .page import figure_text, inline, table
 from .operating import POINTS
 from .shift import plot_shift, shift_findings
+from .bundle import Bundle, load_bundle
 from .figures import plot_calibration, plot_net_benefit
 from .subgroups import FIXED, SIZES, plot_groups
 from .localization import LOOKED, RATES, has_heatmaps, heatmaps, plot_heatmap, read_masks
@@ -150,6 +151,7 @@ def heatmap_figure(
     k:int=6, # Slices
 ): # An element; '' where there are no heatmaps or masks
     "Heatmaps over the slices with the largest bleeds, one a patient"
+    bundle = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
     areas = kept_masks(run)['any'].reindex(images)
     patients = run.read('index', columns=['PatientID'])['PatientID'].reindex(images)
     shown = areas[areas > 0].sort_values(ascending=False).index
@@ -161,6 +163,14 @@ def heatmap_figure(
     axs = plt.subplots(1, len(shown), figsize=(1.8*len(shown), 2), layout='constrained', squeeze=False)[1][0]
     for ax, hu, heat, mask in zip(axs, pictures, heatmaps(bundle, run, shown, size=size), read_masks(run, shown, size=size)): plot_heatmap(hu, heat, mask, ax=ax)
     return inline(axs, 'What raised its prediction of any (Grad-CAM, warm; box around the hottest region), and the masks of the bleeds (blue): the largest bleeds, one a patient', 'jpeg')
+
+def localization_section(
+    judged:pd.DataFrame, # Rows of one model
+    bundle, run, images, # As for `heatmap_figure`; the bundle is loaded only where there is something to show
+)->list: # Elements; none where nothing was judged
+    "Where it looks"
+    places = localization_table(judged)
+    return [H3('Where it looks'), places, heatmap_figure(bundle, run, images)] if places else []
 
 # %% ../nbs/34b_sections.ipynb #d49b634c
 def shift_section(
