@@ -23,6 +23,7 @@ from .intake import *
 from .loss import *
 from .study import *
 from .operating import *
+from .answers import *
 from .data import *
 from .block import *
 from .models import *
@@ -33,6 +34,7 @@ from .baselines import *
 from .distributed import *
 from .sequence import *
 from .shift import *
+from .export import *
 from .bundle import *
 from .run import *
 from .crossval import *

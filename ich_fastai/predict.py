@@ -27,7 +27,7 @@ from .train import predict
 from .sequence import SLICES_A_FILE, Features, series_loader, series_of
 from .shift import shift, shift_findings, shift_verdict
 from .bundle import Bundle, load_bundle
-from .run import COMBINERS
+from .answers import COMBINERS
 
 # %% ../nbs/40_predict.ipynb #276b4712
 MANY = 200  # Files; fewer are read before worker processes have started
