@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch.nn.functional as F
 from fastai.basics import get_model
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat

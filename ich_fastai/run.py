@@ -13,7 +13,6 @@ from functools import partial
 from importlib import import_module
 from time import perf_counter
 
-import numpy as np
 import pandas as pd
 import torch
 from fastcore.script import CliError

@@ -19,9 +19,9 @@ from fastcore.script import CliError
 from ._files import MAX_MB, open_head, refusals
 from .core import in_order, printable, progress
 from .dicom import _first, read_slices, slice_rows
-from .series import Blocks, Sight, in_blocks, in_use, sight_of
+from .series import Blocks, in_blocks, in_use, sight_of
 from .gray import GrayFile, slice_hu
-from .metadata import _path, _read_file, _rows_in, _see, find_files, frames_of_rows
+from .metadata import _read_file, _rows_in, _see, find_files, frames_of_rows
 from .clean import clean_slice, store_sizes
 
 # %% ../nbs/17_studies.ipynb #8b50b10a
