@@ -20,6 +20,7 @@ from .clean import *
 from .explore import *
 from .page import *
 from .intake import *
+from .studies import *
 from .loss import *
 from .study import *
 from .operating import *
@@ -51,7 +52,9 @@ from .sections import *
 from .compare import *
 from .report import *
 from .cross_compare import *
+from .light import *
 from .predict import *
+from .batch import *
 from .external import *
 from .evaluation import *
 

@@ -6,7 +6,7 @@
 __all__ = ['SHOWN', 'slice_table', 'study_table', 'slice_picture', 'save_pictures', 'Outputs', 'outputs', 'check_outputs',
            'open_bundle', 'Batch', 'predict_files']
 
-# %% ../nbs/40b_batch.ipynb #7f10c9fa
+# %% ../nbs/40b_batch.ipynb #bff1d7f6
 import hashlib, json, re, shutil
 from pathlib import Path
 from typing import NamedTuple
@@ -29,7 +29,7 @@ from .answers import bundle_folder
 from .studies import check_series, find_studies, open_study
 from .light import DRAWN, LightBundle, light_predictions, load_light, milliliters, why_torch
 
-# %% ../nbs/40b_batch.ipynb #06ed0936
+# %% ../nbs/40b_batch.ipynb #d560c301
 _slice_columns = ['study', 'StudyInstanceUID', 'SeriesInstanceUID', 'PatientID', 'slice_no', 'z', 'use', 'not_used', 'kept']
 
 def slice_table(
@@ -63,7 +63,7 @@ def _called(told, thresholds):
     known = told.notna() & thresholds.notna()[told.columns]
     return (told > thresholds[told.columns]).astype(float).where(known)
 
-# %% ../nbs/40b_batch.ipynb #9c3108af
+# %% ../nbs/40b_batch.ipynb #216eb05f
 _picture_name = 'study{:04d}_slice{:03d}.png'.format
 _is_picture = re.compile(r'study[0-9]{4,}_slice[0-9]{3,}\.png').fullmatch
 SHOWN = 512  # Pixels of a picture at least
@@ -114,7 +114,7 @@ def save_pictures(
         with write_whole(Path(folder)/_picture_name(row['study'], row['slice_no'])) as part: picture.save(part, 'PNG')
     return len(shown)
 
-# %% ../nbs/40b_batch.ipynb #c1ba391c
+# %% ../nbs/40b_batch.ipynb #95f425e5
 class Outputs(NamedTuple):
     "Where a batch writes to"
     slices:Path
@@ -151,7 +151,7 @@ def check_outputs(
     if stray is None or _is_picture(stray.name) and (force or begun): return
     raise CliError(f'{to.pictures} is not empty: name a new folder with --pictures' + (', or replace its pictures with --force' if _is_picture(stray.name) else ''))
 
-# %% ../nbs/40b_batch.ipynb #cf0733c1
+# %% ../nbs/40b_batch.ipynb #66a286c8
 def open_bundle(
     bundle, # A folder, or 'phantom'
     threads:int=None, # Of onnxruntime; a thread a core where None
@@ -201,7 +201,7 @@ def _write_one(path, tables):
                 n_slices=len(slices), n_errors=len(errors), columns=[list(slices), list(studies)])
     with write_whole(path) as part: part.write_text(json.dumps(rows))
 
-# %% ../nbs/40b_batch.ipynb #56929155
+# %% ../nbs/40b_batch.ipynb #f11e118e
 class Batch(NamedTuple):
     "What came of a batch"
     slices:int

@@ -6,7 +6,7 @@
 __all__ = ['BATCH', 'DRAWN', 'view_lut', 'as_seen', 'shrunk', 'Look', 'LightBundle', 'why_torch', 'load_light', 'pixel_mm',
            'slice_mm', 'light_predictions', 'milliliters']
 
-# %% ../nbs/40_light.ipynb #c7465e28
+# %% ../nbs/40_light.ipynb #e45e7102
 import os
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,16 +15,16 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 from fastcore.script import CliError
-from scipy.special import expit, softmax
 
 from .core import LABELS, WINDOWS
 from .recipes import Recipe
 from .dicom import HU_MAX, HU_MIN, hist_lut, window_lut
 from .series import series_codes
 from .clean import source_size
+from .study import from_log_odds
 from .answers import COMBINERS, Answers, read_about
 
-# %% ../nbs/40_light.ipynb #b9295398
+# %% ../nbs/40_light.ipynb #a531c82d
 _mean, _std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # Of ImageNet's colors, by which batches are normalized
 
 def _window(window, outside):
@@ -58,7 +58,7 @@ def as_seen(
     if hu.ndim == 4: return seen
     return seen[:, None] if lut.ndim == 1 else np.ascontiguousarray(np.moveaxis(seen, -1, 1))
 
-# %% ../nbs/40_light.ipynb #c2584518
+# %% ../nbs/40_light.ipynb #d7b7b176
 @lru_cache(maxsize=16)
 def _weights(n, size):
     "float32 [size, n]: which of `n` pixels each of `size` is made of, a triangle as wide as a new pixel and its halves on either side"
@@ -91,7 +91,7 @@ def _hu_at(store, rows, size):
     if source > size: hu = shrunk(hu, size)
     return hu.reshape(*rows.shape, *hu.shape[1:])
 
-# %% ../nbs/40_light.ipynb #1a039cd2
+# %% ../nbs/40_light.ipynb #7652681c
 def _cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
 
@@ -143,13 +143,17 @@ def _of_images(bundle, images):
     masks = None if told.masks is None else (told.masks + mirrored.masks[..., ::-1])/2
     return Look((told.probabilities + mirrored.probabilities)/2, masks)
 
+def _softmax(logits):
+    share = np.exp(logits - logits.max(-1, keepdims=True))
+    return share/share.sum(-1, keepdims=True)
+
 def _computed(bundle, images):
     outputs = ['logits', 'masks'] if bundle.has_masks else ['logits']
     logits, *masks = bundle.session.run(outputs, dict(images=images))
-    p = softmax(logits, axis=-1)[:, -len(bundle.labels):] if bundle.recipe.softmax else expit(logits)
+    p = _softmax(logits)[:, -len(bundle.labels):] if bundle.recipe.softmax else from_log_odds(logits)
     six = np.full((len(p), len(LABELS)), np.nan, np.float32)
     six[:, [LABELS.index(label) for label in bundle.labels]] = p
-    return Look(six, expit(masks[0]) if masks else None)
+    return Look(six, from_log_odds(masks[0]) if masks else None)
 
 def _together(kind, looks):
     "What the parts of an ensemble, or of two steps, predict as one; the mean of the masks of those that draw any"
@@ -158,7 +162,7 @@ def _together(kind, looks):
     same = [masks for masks in drawn if masks.shape == drawn[0].shape]
     return Look(COMBINERS[kind](*frames).to_numpy(np.float32), np.mean(same, axis=0) if same else None)
 
-# %% ../nbs/40_light.ipynb #31680ed0
+# %% ../nbs/40_light.ipynb #1278289d
 def why_torch(
     bundle, # A folder, or 'phantom'
 )->str: # One line; '' where torch is not needed
@@ -178,7 +182,7 @@ def load_light(
     parts = tuple(load_light(folder/'parts'/str(i), threads) for i in range(len(recipe.parts)))
     return LightBundle(recipe, bins, size, extra, parts, None if parts else _session(folder/'model.onnx', threads))
 
-# %% ../nbs/40_light.ipynb #c2e1d433
+# %% ../nbs/40_light.ipynb #49ecf545
 BATCH = 12  # Slices: 9 MB of images at 256 px; larger ones are no faster
 DRAWN = .5  # Probability from which a pixel of a mask is blood
 
