@@ -6,7 +6,7 @@
 __all__ = ['SHOWN', 'slice_table', 'study_table', 'slice_picture', 'save_pictures', 'Outputs', 'outputs', 'check_outputs',
            'open_bundle', 'Batch', 'predict_files']
 
-# %% ../nbs/40b_batch.ipynb #bff1d7f6
+# %% ../nbs/40b_batch.ipynb #54840f33
 import hashlib, json, re, shutil
 from pathlib import Path
 from typing import NamedTuple
@@ -29,7 +29,7 @@ from .answers import bundle_folder
 from .studies import check_series, find_studies, open_study
 from .light import DRAWN, LightBundle, light_predictions, load_light, milliliters, why_torch
 
-# %% ../nbs/40b_batch.ipynb #d560c301
+# %% ../nbs/40b_batch.ipynb #be3e5863
 _slice_columns = ['study', 'StudyInstanceUID', 'SeriesInstanceUID', 'PatientID', 'slice_no', 'z', 'use', 'not_used', 'kept']
 
 def slice_table(
@@ -63,7 +63,7 @@ def _called(told, thresholds):
     known = told.notna() & thresholds.notna()[told.columns]
     return (told > thresholds[told.columns]).astype(float).where(known)
 
-# %% ../nbs/40b_batch.ipynb #216eb05f
+# %% ../nbs/40b_batch.ipynb #763f1b9b
 _picture_name = 'study{:04d}_slice{:03d}.png'.format
 _is_picture = re.compile(r'study[0-9]{4,}_slice[0-9]{3,}\.png').fullmatch
 SHOWN = 512  # Pixels of a picture at least
@@ -114,7 +114,9 @@ def save_pictures(
         with write_whole(Path(folder)/_picture_name(row['study'], row['slice_no'])) as part: picture.save(part, 'PNG')
     return len(shown)
 
-# %% ../nbs/40b_batch.ipynb #95f425e5
+# %% ../nbs/40b_batch.ipynb #b77ad5ac
+_error_columns = ['fname', 'step', 'error', 'message']
+
 class Outputs(NamedTuple):
     "Where a batch writes to"
     slices:Path
@@ -138,20 +140,25 @@ def _stray(folder): # A file in a folder of pictures, or what is none
     if not folder.is_dir(): return folder
     return next((p for p in folder.iterdir() if not p.name.startswith('.')), None)
 
+def _only_errors(to):
+    "Is the table of errors all that is there, of a batch that found no slice?"
+    if to.slices.exists() or to.studies.exists() or not to.errors.is_file(): return False
+    with open(to.errors, errors='replace') as f: return f.readline().strip() == ','.join(_error_columns)
+
 def check_outputs(
     to:Outputs,
     force:bool=False, # Write over tables and pictures that are there?
 ):
     "Refuse to write over what is there, before anything is read"
     begun = to.parts.is_dir()  # An interrupted batch goes on, and its pictures with it
-    there = [path for path in to[:3] if path.exists()]
+    there = [path for path in to[:3] if path.exists() and not (path == to.errors and _only_errors(to))]
     if there and not force: raise CliError(f'{there[0]} is there already: name another file with --out, or replace it with --force')
     if any(path.is_dir() for path in there): raise CliError(f'{next(p for p in there if p.is_dir())} is a folder: name another file with --out')
     stray = _stray(to.pictures)
     if stray is None or _is_picture(stray.name) and (force or begun): return
     raise CliError(f'{to.pictures} is not empty: name a new folder with --pictures' + (', or replace its pictures with --force' if _is_picture(stray.name) else ''))
 
-# %% ../nbs/40b_batch.ipynb #66a286c8
+# %% ../nbs/40b_batch.ipynb #97b7f8d0
 def open_bundle(
     bundle, # A folder, or 'phantom'
     threads:int=None, # Of onnxruntime; a thread a core where None
@@ -169,8 +176,6 @@ def _key(bundle_folder, study, options):
     page = (bundle_folder/'model.json').read_bytes()
     facts = [__version__, hashlib.sha256(page).hexdigest(), study.number, options, [_marks(f) for f in study.files]]
     return hashlib.blake2b(json.dumps(facts).encode(), digest_size=12).hexdigest()
-
-_error_columns = ['fname', 'step', 'error', 'message']
 
 def _error_rows(files, e):
     return pd.DataFrame([dict(fname=_shown(str(_path(f))), step='predict', error=type(e).__name__, message=printable(e)) for f in files])
@@ -201,7 +206,7 @@ def _write_one(path, tables):
                 n_slices=len(slices), n_errors=len(errors), columns=[list(slices), list(studies)])
     with write_whole(path) as part: part.write_text(json.dumps(rows))
 
-# %% ../nbs/40b_batch.ipynb #f11e118e
+# %% ../nbs/40b_batch.ipynb #79eae280
 class Batch(NamedTuple):
     "What came of a batch"
     slices:int
@@ -236,8 +241,12 @@ def predict_files(
             if not part.exists(): _write_one(part, _predict_one(model, predictions, study, series, point, to.pictures))
         batch = _put_together(to, parts, unread)
     shutil.rmtree(to.parts)
-    if not batch.slices: raise CliError(f'no CT slices in {printable(src if isinstance(src, (str, Path)) else "the files")}: {to.errors} says why')
+    if not batch.slices: raise CliError(f'no CT slices in {printable(_named(src))} ({next(iter(batch.errors))}): {to.errors} has each file')
     return batch
+
+def _named(src):
+    if isinstance(src, (str, Path)): return src
+    return src[0] if len(src) == 1 and isinstance(src[0], (str, Path)) else 'the files'
 
 def _without(to, files):
     "The files but for what an earlier batch wrote among them"
@@ -255,7 +264,7 @@ def _clear_pictures(to):
 
 def _shown_bar(pairs, n_files):
     "The pairs, with a bar of the files"
-    if not show_progress(): return pairs
+    if not show_progress() or not n_files: return pairs
     return _with_bar(pairs, n_files)
 
 def _with_bar(pairs, n_files):
@@ -269,7 +278,7 @@ def _put_together(to, parts, unread):
     known = [json.loads(p.read_text())['columns'] for p in parts]
     headers = [max((columns[i] for columns in known), key=len, default=[]) for i in (0, 1)]
     with write_whole(to.errors) as path, open(path, 'w') as f: _append(f, _error_columns, parts, 'errors', _as_csv(pd.DataFrame(unread, columns=_error_columns)))
-    if not headers[0]: return Batch(0, pd.DataFrame(), {}, to)
+    if not headers[0]: return Batch(0, pd.DataFrame(), _counted(to), to)
     for whole, header, key in (to.studies, headers[1], 'studies'), (to.slices, headers[0], 'slices'):
         with write_whole(whole) as path, open(path, 'w') as f: _append(f, header, parts, key)
     return _batch(sum(json.loads(p.read_text())['n_slices'] for p in parts), to)
@@ -279,8 +288,11 @@ def _append(f, header, parts, key, last=''):
     for p in parts: f.write(json.loads(p.read_text())[key])
     f.write(last)
 
+def _counted(to): # Files by message, the most frequent first
+    return pd.read_csv(to.errors)['message'].value_counts().to_dict()
+
 def _batch(n, to):
-    errors = pd.read_csv(to.errors)['message'].value_counts().to_dict()
+    errors = _counted(to)
     if not errors: to.errors.unlink()
     studies = pd.read_csv(to.studies, dtype=dict(StudyInstanceUID=str, PatientID=str)).drop(columns=['StudyInstanceUID', 'PatientID'])
     return Batch(n, studies, errors, to)

@@ -388,14 +388,14 @@ SHOWN = 20  # Studies in the table on the terminal; the files have all
 def _predict_summary(batch, model, point):
     "The studies, the most probable bleeds first, and where the rest is"
     told = batch.studies.sort_values('any', ascending=False)
-    rows = [_study_row(row) for _, row in told.head(SHOWN).iterrows()]
+    rows = [_study_row(row) for row in told.head(SHOWN).to_dict('records')]
     more = [f'and {len(told) - SHOWN:,} more, less probable'] if len(told) > SHOWN else []
     say(f"{'study':>5} {'slices':>7} {'any':>6} {'bleed':>7} {'ml':>7}  types", *rows, *more)
-    say(f'any: the probability of a bleed; bleed: yes from the threshold of {point} on its validation patients, - without one; ml: blood, - where the model draws none')
+    say(f'any: the probability of a bleed; bleed: yes above the threshold that "{point}" gave on the validation patients, - without one; ml: blood, - where the model draws none')
     for message, n in list(batch.errors.items())[:5]: say(f'- {_many(n, "file")} left out: {message}')
     say(f'{batch.slices:,} slices: {batch.to.slices}', f'{"1 study" if len(told) == 1 else f"{len(told):,} studies"}: {batch.to.studies}')
     if batch.errors: say(f'{_many(sum(batch.errors.values()), "file")} left out: {batch.to.errors}')
-    if batch.to.pictures: say(f'slices with blood: {batch.to.pictures}')
+    if batch.to.pictures: say(f'slices with blood: {batch.to.pictures}' if batch.to.pictures.is_dir() else 'no slice with blood to show')
     say(f'Research use, not a medical device. The model learned from {model}.')
 
 @command('ich-predict run/models/demo_resnet18/0/bundle scans', 'ich-predict phantom studies.zip --out out/predictions.csv --pictures out/slices', "ich-predict my_bundle scans --point 'sensitivity .95'",
