@@ -237,3 +237,41 @@ def read_dicom(
     with refusals(), warnings.catch_warnings():
         warnings.simplefilter('ignore')
         return parse(read_bytes(str(fname), max_bytes), max_bytes)
+
+# The beginning of a header
+
+HEAD = 1 << 16  # Bytes that tell which study a file is of, in all but a few files
+
+def _first_bytes(fname):
+    inside = archive_of(fname)
+    if inside is None:
+        if not stat.S_ISREG(os.stat(fname).st_mode): raise Refused('Unreadable', 'not a regular file')
+        with open(fname, 'rb', buffering=0) as f: return f.read(HEAD)
+    z = _kept_open(inside[0], os.stat(inside[0]).st_mtime_ns)
+    info = z.getinfo(inside[1])
+    _check_packing(info)
+    with z.open(info) as f: return f.read(HEAD)
+
+_unlike = b'1.2.840.10008.1.2.2', _deflated_syntax  # Big-endian and deflated; all others are as explicit little-endian up to the pixels
+
+def _parse_head(data, last):
+    "The elements up to the tag `last` in the first bytes of a file; None where it takes more to tell"
+    if data[128:132] != b'DICM': return None
+    f = io.BytesIO(data)
+    f.seek(132)
+    try:
+        syntax = _read_syntax(f)
+        if not syntax or syntax in _unlike: return None
+        return read_dataset(f, _plain_syntaxes.get(syntax, False), True, stop_when=lambda tag, vr, length: tag > last, defer_size=LONG)
+    except Exception: return None  # Opening all of it tells what is wrong
+
+def open_head(
+    fname, # As `read_dicom` takes it
+    last, # A tag
+    max_bytes, # As for `open_dataset`
+):
+    "The elements of a file up to a tag and perhaps more, without reading its pixels where that is possible"
+    data = _first_bytes(fname)
+    _check_beginning(data[:132], inside=archive_of(fname) is not None)
+    ds = _parse_head(data, last)
+    return ds if ds is not None and last in ds else open_dataset(fname, max_bytes)

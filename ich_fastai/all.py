@@ -20,9 +20,11 @@ from .clean import *
 from .explore import *
 from .page import *
 from .intake import *
+from .studies import *
 from .loss import *
 from .study import *
 from .operating import *
+from .answers import *
 from .data import *
 from .block import *
 from .models import *
@@ -33,6 +35,7 @@ from .baselines import *
 from .distributed import *
 from .sequence import *
 from .shift import *
+from .export import *
 from .bundle import *
 from .run import *
 from .crossval import *
@@ -49,7 +52,9 @@ from .sections import *
 from .compare import *
 from .report import *
 from .cross_compare import *
+from .light import *
 from .predict import *
+from .batch import *
 from .external import *
 from .evaluation import *
 

@@ -6,12 +6,11 @@
 __all__ = ['Bundle', 'save_bundle', 'check_bundle_place', 'load_bundle', 'learned_in']
 
 # %% ../nbs/26_bundle.ipynb #7e17fa27
-import json, os, shutil
+import json, shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch.nn.functional as F
 from fastai.basics import get_model
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat
@@ -19,22 +18,21 @@ from fastcore.basics import patch
 from fastcore.script import CliError
 from torch import nn
 
-from .core import printable, versions, write_folder
+from .core import log, printable, versions, write_folder
 from .recipes import Recipe
-from .metadata import MIN_BRAIN
 from .clean import source_size
 from .page import source_kind
 from .loss import LabelLoss
-from .study import StudyRule
-from .operating import point_of, table_of_plain
+from .answers import Answers, file_hashes, read_about
 from .models import create_model, load_weights, save_weights
 from .learner import HeadLearner
+from .export import export_network
 from .sequence import StudyNet
 from .shift import ARRAYS, Reference, load_reference, reference, save_reference
 
 # %% ../nbs/26_bundle.ipynb #09fec9f6
 @dataclass
-class Bundle:
+class Bundle(Answers):
     "A trained model with what it needs to see as it saw in training"
     model: nn.Module    # In evaluation mode, on the CPU; a sequence's `StudyNet`; None where there are only parts
     recipe: Recipe      # Labels, view and windows among it
@@ -43,21 +41,6 @@ class Bundle:
     extra: dict         # What the training was: data, versions
     parts: tuple = ()   # The bundles of the recipe's parts
     reference: Reference = None  # What scans can be told by from those of the training; None in earlier bundles, and where there are only parts
-
-    @property
-    def labels(self)->tuple: return self.recipe.labels
-    @property
-    def rule(self)->StudyRule: return StudyRule(**self.extra.get('study_rule', {})) # What a study is told; the maximum in earlier bundles
-    @property
-    def min_brain(self)->float: return self.extra.get('min_brain', MIN_BRAIN) # From which share a slice counts
-
-    def operating(self,
-        level:str='slice', # Or 'study'
-        point:str=None, # One of `POINTS`, as 'sensitivity .95'; None for the table of all
-    )->pd.DataFrame: # As from `operating_table`, Youden's point first; of one point: threshold, sensitivity, specificity, slope, intercept; NaN for what an earlier bundle lacks
-        "Thresholds and calibration, chosen on the validation patients of the training"
-        table = table_of_plain(self.extra.get('operating', {}).get(level, {}))
-        return table if point is None else point_of(table, point)
 
 def save_bundle(
     path, # A folder, made where it is missing
@@ -75,9 +58,15 @@ def save_bundle(
     if kept: about['shift'] = kept.facts
     with write_folder(path) as new:
         if model is not None: save_weights(model, new/'model.safetensors')
+        if recipe.kind == 'cnn': _save_graph(model, new/'model.onnx', recipe, size)
         if kept: save_reference(kept, new)
         for i, part in enumerate(parts): shutil.copytree(part, new/'parts'/str(i))
-        (new/'model.json').write_text(json.dumps(about, indent=1))
+        (new/'model.json').write_text(json.dumps(about | dict(files=file_hashes(new)), indent=1))
+
+def _save_graph(model, path, recipe, size):
+    "What onnxruntime predicts with; a network that has no graph is kept without"
+    why = export_network(model, path, recipe.n_channels, size)
+    if why: log.warning("'%s' is kept without model.onnx, so predicting with it takes torch: %s", recipe.name, why)
 
 def check_bundle_place(
     path, # Where a bundle is to be
@@ -88,21 +77,16 @@ def check_bundle_place(
     others = {p.name for p in path.iterdir()} - _own_files if path.is_dir() else set()
     if others: raise CliError(f'{path} holds {printable(min(others), 60)}, which is no part of a bundle: name a new folder')
 
-_own_files = {'model.json', 'model.safetensors', ARRAYS, 'parts'}
+_own_files = {'model.json', 'model.safetensors', 'model.onnx', ARRAYS, 'parts'}
 
 def load_bundle(
-    path, # A folder that `save_bundle` wrote
+    path, # A folder that `save_bundle` wrote, or 'phantom', the shipped one
 )->Bundle:
     "The model in a folder, ready to predict"
-    if not isinstance(path, (str, os.PathLike)): raise CliError(f'a bundle is wanted, not a {type(path).__name__}: give its folder, as `learn.save_bundle` makes one')
-    path = Path(path)
-    try: about = json.loads((path/'model.json').read_text())
-    except (OSError, ValueError) as e: raise CliError(f'{path} is no bundle: give a folder with model.json and model.safetensors in it') from e
-    try: recipe, bins, size = Recipe(**about.pop('recipe')), np.array(about.pop('bins')), about.pop('size')
-    except (KeyError, TypeError) as e: raise CliError(f'{path}/model.json is not one of ours ({e}): train the model again') from e
-    parts = tuple(load_bundle(path/'parts'/str(i)) for i in range(len(recipe.parts)))
-    kept = load_reference(about.pop('shift', None), path)
-    return Bundle(_model(path, recipe, about), recipe, bins, size, about, parts, kept)
+    folder, recipe, bins, size, extra = read_about(path)
+    parts = tuple(load_bundle(folder/'parts'/str(i)) for i in range(len(recipe.parts)))
+    kept = load_reference(extra.pop('shift', None), folder)
+    return Bundle(_model(folder, recipe, extra), recipe, bins, size, extra, parts, kept)
 
 def _model(path, recipe, about):
     if recipe.kind in ('two_step', 'ensemble'): return None

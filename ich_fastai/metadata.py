@@ -279,7 +279,8 @@ def _sights(parts, rows, stack, stacks, max_mb=MAX_MB, n_workers=0, executor=Non
     jobs = [(places[end - len(w):end], bool(t)) for w, end, t in zip(wanted, ends, tall)]
     lots, n_workers = list(chunked(jobs, LOOK_AT_ONCE)), n_workers if len(jobs) > LOOK_AT_ONCE else 0
     read = partial(_look_at_stacks, see=see or partial(_see, max_mb=max_mb))
-    found = [of_stack for lot in in_order(read, lots, n_workers, executor, 'looking for heads', len(jobs), 'stack', LOOK_AT_ONCE) for of_stack in lot]
+    looked = map(read, lots) if see else in_order(read, lots, n_workers, executor, 'looking for heads', len(jobs), 'stack', LOOK_AT_ONCE)  # What was read already is seen at once
+    found = [of_stack for lot in looked for of_stack in lot]
     sights = np.full((len(stack), len(Sight._fields)), np.nan)
     for w, of_stack in zip(wanted, found): sights[w[:len(of_stack)]] = np.reshape(of_stack, (-1, len(Sight._fields)))
     return pd.DataFrame(sights, columns=Sight._fields)

@@ -11,10 +11,9 @@ __all__ = ['FEWEST_TO_FIT', 'CALIBRATIONS', 'POINTS', 'operating_points', 'calib
 import numpy as np
 import pandas as pd
 from fastcore.script import CliError
-from scipy.special import expit
 
 from .core import LABELS, pick
-from .study import FOLDS, log_odds
+from .study import FOLDS, log_odds, from_log_odds
 
 # %% ../nbs/21c_operating.ipynb #d4ad7279
 def _chosen(recall, alarms, sensitivity, specificity):
@@ -76,7 +75,7 @@ def calibrated(
         slope, intercept = line.loc[label]
         p = predictions[label]
         if np.isnan(slope) or (slope, intercept) == (1, 0): return p
-        return expit(slope*log_odds(p.astype(np.float64)) + intercept)
+        return from_log_odds(slope*log_odds(p.astype(np.float64)) + intercept)
     return predictions.assign(**{label: bend(label) for label in LABELS})
 
 # %% ../nbs/21c_operating.ipynb #171029f7
@@ -109,7 +108,7 @@ def _elsewhere(kind, p, t, fold):
             bent[here] = at_knots(p[here], isotonic_knots(p[~here], t[~here]))
         else:
             slope, intercept = _line(p[~here], t[~here])
-            bent[here] = expit(slope*log_odds(p[here]) + intercept)
+            bent[here] = from_log_odds(slope*log_odds(p[here]) + intercept)
     return bent
 
 def _folds_of_patients(patients, t, seed):
