@@ -45,11 +45,11 @@ COUNTS = (0, .25, .5, .75, .9, 1)
 DENSITIES = (0, .05, .25, .5, .75, .95, 1)
 
 SIZES = dict( # Fitted until the masks of `render` measure as those of BHSD, see proofs/phantoms
-    epidural=Sizes((2.0, 1.6), (1, 1, 1, 1.6, 2.6, 4), (-1.2, 1.3), (30, 37, 50, 57, 61, 67, 74)),
-    intraparenchymal=Sizes((2.0, 1.65), (1, 1, 1.5, 2.6, 4.8, 9), (-1.2, 1.6), (34, 40, 48, 53, 58, 62, 66)),
-    intraventricular=Sizes((1.25, 1.8), (1, 2, 2.6, 4.5, 5.5, 7), (-.9, 1.3), (28, 34, 42, 48, 54, 62, 68)),
-    subarachnoid=Sizes((.6, 2.2), (1, 2, 5, 14, 26, 36), (-1.4, 1.2), (33, 38, 45, 50, 55, 63, 70)),
-    subdural=Sizes((2.2, 1.4), (1, 1.2, 2.2, 4, 6.5, 10), (-.1, 1.3), (24, 33, 46, 55, 63, 72, 80)))
+    epidural=Sizes((2.1, 1.55), (1, 1, 1, 1.2, 2.2, 3), (-.1, 1.3), (30, 37, 50, 57, 61, 67, 74)),
+    intraparenchymal=Sizes((1.95, 1.65), (1, 1, 1.3, 2.4, 4.8, 9), (-1.2, 1.6), (35, 42, 51, 56, 60, 64, 68)),
+    intraventricular=Sizes((1., 1.85), (1, 2, 2.4, 4, 5.2, 6), (-.7, 1.4), (28, 35, 42, 48, 54, 62, 68)),
+    subarachnoid=Sizes((.5, 2.1), (1, 1.8, 4.4, 13, 24, 34), (-1., 1.3), (34, 39, 46, 51, 56, 64, 71)),
+    subdural=Sizes((2.5, 1.3), (1, 1.2, 2.1, 3.8, 6.5, 10), (.4, 1.4), (22, 32, 48, 57, 65, 73, 80)))
 
 # %% ../nbs/01c_bleeds.ipynb #1371f9b7
 def drawn(rng, values, at): # A draw from a distribution known at the quantiles `at`
@@ -76,7 +76,7 @@ def draw_epidural(rng, head, side, ml, first):
 
 def draw_subdural(rng, head, side, ml, first):
     form = rng.choice(['convexity', 'falx', 'tentorium'], p=[.68, .2, .12] if first is None else [.85, .1, .05])
-    thick = max(2.2*ml**.3, 2.6)*rng.lognormal(0, .2)
+    thick = max(2.2*ml**.3, 3.2)*rng.lognormal(0, .2)
     area, long = 1000*ml/thick*1.5, rng.uniform(1.2, 2.6)
     half = np.sqrt(area*long/np.pi), np.sqrt(area/long/np.pi) # mm
     if form=='falx': return dict(form=form, center=(0, rng.uniform(-45, 45), rng.uniform(56, 84)), size=(min(thick, 6), *half))
@@ -113,7 +113,7 @@ FILLED = dict(basal=.22, sylvian=.16, convexity=.14, falx=.12) # Share of a focu
 
 def draw_subarachnoid(rng, head, side, ml, first):
     form = rng.choice(['basal', 'sylvian', 'convexity', 'falx'], p=[.22, .23, .43, .12])
-    r = ball(ml/FILLED[form])*np.exp(rng.normal(0, .15, 3))
+    r = ball(ml/FILLED[form])*np.exp(rng.normal(0, .15, 3))*(1.2, 1.2, .65 if form!='basal' else 1) # Rather flat: half of the pieces are on one slice
     if form=='basal': c = np.array((0, -8, 14)) + rng.normal(0, (6, 5, 2))
     if form=='sylvian': c = np.array((42, -6, 26)) + rng.normal(0, (3, 8, 7))
     if form=='falx': c = np.array((1, rng.uniform(-70, 50), rng.uniform(45, 90)))
@@ -191,7 +191,7 @@ def _bow(thick, u, v): # Thickness [mm] of a stripe that ends at u² + v² = 1
 def subdural(b, at, rng):
     "A crescent along the vault, over the sutures but not over the midline or tentorium; or a stripe along falx or tentorium"
     p, (thick, half, high) = at.p, b.size
-    uneven = 1 + .25*waves(rng, p, 22, 6)
+    uneven = 1 + .15*waves(rng, p, 26, 6)
     if b.form=='falx':
         h = _bow(thick*uneven, (p.y-b.center[1])/half, (p.z-b.center[2])/high)
         return b.side*p.x-h, both(-b.side*p.x-.3, 1-at.deep, 1-at.sheet)

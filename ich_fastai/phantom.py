@@ -167,7 +167,7 @@ def enhanced(head, rng): # The same head with contrast agent in its vessels
 # %% ../nbs/01e_phantom.ipynb #26b672e6
 HIDDEN = 12 # HU by which bone may brighten a pixel through the point spread: beyond, who draws a mask takes it for bone
 DENSEST = 110 # HU: a pixel that is denser than blood can be is bone or calcium that lies over it
-MASKED = dict(epidural=.5, intraparenchymal=.5, intraventricular=.5, subarachnoid=.45, subdural=.5) # A pixel is in the mask from this share of blood
+MASKED = dict(epidural=.5, intraparenchymal=.5, intraventricular=.5, subarachnoid=.45, subdural=.4) # A pixel is in the mask from this share of blood
 
 def paint(
     canvas:Canvas,
