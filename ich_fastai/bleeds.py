@@ -45,11 +45,11 @@ COUNTS = (0, .25, .5, .75, .9, 1)
 DENSITIES = (0, .05, .25, .5, .75, .95, 1)
 
 SIZES = dict( # Fitted until the masks of `render` measure as those of BHSD, see proofs/phantoms
-    epidural=Sizes((2.1, 1.55), (1, 1, 1, 1.2, 2.2, 3), (-.1, 1.3), (30, 37, 50, 57, 61, 67, 74)),
-    intraparenchymal=Sizes((1.95, 1.65), (1, 1, 1.3, 2.4, 4.8, 9), (-1.2, 1.6), (35, 42, 51, 56, 60, 64, 68)),
+    epidural=Sizes((2.0, 1.55), (1, 1, 1, 1.2, 2.2, 3), (-.1, 1.3), (26, 32, 44, 51, 55, 60, 67)),
+    intraparenchymal=Sizes((1.95, 1.65), (1, 1, 1.3, 2.4, 4.8, 9), (-1.2, 1.6), (35, 42, 50, 55, 59, 63, 67)),
     intraventricular=Sizes((1., 1.85), (1, 2, 2.4, 4, 5.2, 6), (-.7, 1.4), (28, 35, 42, 48, 54, 62, 68)),
-    subarachnoid=Sizes((.5, 2.1), (1, 1.8, 4.4, 13, 24, 34), (-1., 1.3), (34, 39, 46, 51, 56, 64, 71)),
-    subdural=Sizes((2.5, 1.3), (1, 1.2, 2.1, 3.8, 6.5, 10), (.4, 1.4), (22, 32, 48, 57, 65, 73, 80)))
+    subarachnoid=Sizes((.75, 2.1), (1, 1.8, 4.4, 13, 24, 34), (-1., 1.3), (32, 37, 44, 48, 52, 59, 66)),
+    subdural=Sizes((2.35, 1.35), (1, 1.2, 2.1, 3.8, 6.5, 10), (.4, 1.4), (17, 25, 39, 46, 53, 62, 71)))
 
 # %% ../nbs/01c_bleeds.ipynb #1371f9b7
 def drawn(rng, values, at): # A draw from a distribution known at the quantiles `at`

@@ -19,7 +19,7 @@ from .core import LABELS, TYPES, disk_errors, in_order, write_whole
 from .shapes import Canvas, Scan, bump, coarse_points, generator, lay
 from .head import Head, contrast_fields, draw_head, head_fields, paint_bright, paint_outside, paint_tissue
 from .bleeds import bleed_fields, draw_bleeds, paint_blood, pushed, pushes, swollen, wetness
-from .scanner import Scanner, bone_haze, draw_scan, draw_scanner, grain, holder, middle_mm, scanned, world_row
+from .scanner import Scanner, blurred, bone_haze, draw_scan, draw_scanner, grain, hazed, holder, middle_mm, world_row
 
 # %% ../nbs/01e_phantom.ipynb #dc52b4e0
 PREVALENCE = dict(epidural=.016, intraparenchymal=.246, intraventricular=.170, subarachnoid=.182, subdural=.176, any=.410)
@@ -164,9 +164,9 @@ def anatomy(
 def enhanced(head, rng): # The same head with contrast agent in its vessels
     return replace(head, vein=rng.uniform(110, 170), falx=head.falx+25)
 
-# %% ../nbs/01e_phantom.ipynb #26b672e6
-HIDDEN = 12 # HU by which bone may brighten a pixel through the point spread: beyond, who draws a mask takes it for bone
-DENSEST = 110 # HU: a pixel that is denser than blood can be is bone or calcium that lies over it
+# %% ../nbs/01e_phantom.ipynb #4cd94357
+HIDDEN = 20 # HU by which the point spread of bone may brighten a pixel: beyond, who draws a mask takes it for bone
+DENSEST = 130 # HU: a pixel that is denser than blood can be is bone or calcium that lies over it
 MASKED = dict(epidural=.5, intraparenchymal=.5, intraventricular=.5, subarachnoid=.45, subdural=.4) # A pixel is in the mask from this share of blood
 
 def paint(
@@ -208,9 +208,9 @@ def render(
     for k,dense in enumerate(bone/bone.max()):
         hu, mask = paint(canvas, k, head, scanner)
         metal = clip[0] if study.metal and k-clip[1] in (0, 1) else None
-        clean = hu.copy()
-        hu = scanned(hu, canvas, scanner, k, metal, texture)
-        truth.append(mask*((hu-clean < HIDDEN + scanner.shift) & (clean < DENSEST)))
+        hazy = hazed(hu, canvas, scanner, k, metal, texture)
+        hu = blurred(hazy, scanner, scan.pixel)
+        truth.append(mask*((hu-hazy < HIDDEN) & (hazy < DENSEST)))
         hu += grain(texture, scan, scanner)*np.float32(.9 + .2*dense)
         out.append(np.clip(np.rint(hu), -1024, 26000).astype(np.int16))
     return np.stack(out), np.stack(truth), scan, bleeds

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['turn', 'slice_heights', 'draw_scan', 'Scanner', 'log_uniform', 'draw_scanner', 'grain', 'band', 'streaks', 'star',
-           'holder', 'middle_mm', 'world_row', 'whole', 'bone_haze', 'moved', 'scanned']
+           'holder', 'middle_mm', 'world_row', 'whole', 'bone_haze', 'moved', 'hazed', 'blurred']
 
 # %% ../nbs/01d_scanner.ipynb #4c28b703
 import numpy as np
@@ -143,14 +143,14 @@ def moved(hu, rng, pixels): # A head that moved: two heads in one image
     weight = rng.uniform(.2, .5)
     return (1-weight)*hu + weight*np.roll(hu, shift, (0, 1))
 
-def scanned(
+def hazed(
     hu, # HU of a slice [rows, columns], clean
     canvas:Canvas,
     scanner:Scanner,
     k:int, # The slice
     metal, # (u, v) of metal in this slice, mm, or None
     rng, # Generator of the slice
-): # HU as scanned, but for the noise
+): # HU with what beam, bone, metal and motion add, before the point spread
     scan = canvas.scan
     u, v = middle_mm(scan)
     hu += canvas.fine('haze', k)*np.clip((hu+300)/300, 0, 1)
@@ -159,6 +159,11 @@ def scanned(
         hu[np.hypot(u-metal[0], v-metal[1]) < 2.5] = 9000
         hu += star(rng, u, v, metal, 25)
     if scanner.moved and rng.random() < .3: hu = moved(hu, rng, scanner.moved/scan.pixel)
-    hu = gaussian_filter(hu, scanner.blur/scan.pixel, truncate=3)
-    if scanner.sharpen: hu += scanner.sharpen*(hu - gaussian_filter(hu, 1.1/scan.pixel, truncate=3))
     return hu
+
+# %% ../nbs/01d_scanner.ipynb #95f5e30c
+def blurred(hu, scanner, pixel): # HU as scanned, but for the noise
+    "The point spread, and the overshoot of a sharp kernel"
+    out = gaussian_filter(hu, scanner.blur/pixel, truncate=3)
+    if scanner.sharpen: out += scanner.sharpen*(out - gaussian_filter(out, 1.1/pixel, truncate=3))
+    return out
