@@ -80,10 +80,12 @@ def draw_subdural(rng, head, side, ml, first):
     area, long = 1000*ml/thick*1.5, rng.uniform(1.2, 2.6)
     half = np.sqrt(area*long/np.pi), np.sqrt(area/long/np.pi) # mm
     if form=='falx': return dict(form=form, center=(0, rng.uniform(-45, 45), rng.uniform(56, 84)), size=(min(thick, 6), *half))
-    if form=='tentorium': return dict(form=form, center=(rng.uniform(12, 30), rng.uniform(16, 50), 0), size=(min(thick, 6), *half))
-    around_ = (rng.uniform(-60, 65), rng.uniform(-8, 60)) if first is None else (first.center[0] + rng.normal(0, 30), first.center[1] + rng.normal(0, 22))
-    if ml > 15: around_ = (rng.uniform(-20, 25), rng.uniform(8, 38))
-    return dict(form=form, center=(*around_, 0), size=(thick, half[0]/1.3, half[1]/1.3)) # mm, then degrees: 1.3 mm on the vault
+    if form=='tentorium':
+        return dict(form=form, center=(rng.uniform(12, 30), rng.uniform(16, 50), 0), size=(min(thick, 6), *half))
+    if first is None: middle = rng.uniform(-60, 65), rng.uniform(-8, 60)
+    else: middle = first.center[0] + rng.normal(0, 30), first.center[1] + rng.normal(0, 22)
+    if ml > 15: middle = rng.uniform(-20, 25), rng.uniform(8, 38)
+    return dict(form=form, center=(*middle, 0), size=(thick, half[0]/1.3, half[1]/1.3)) # mm, then degrees: 1.3 mm on the vault
 
 # %% ../nbs/01c_bleeds.ipynb #059db8d8
 _sites = dict(ganglia=(26,-2,31), thalamus=(12,11,34), cerebellum=(20,48,-8), pons=(3,4,2))
@@ -113,7 +115,8 @@ FILLED = dict(basal=.22, sylvian=.16, convexity=.14, falx=.12) # Share of a focu
 
 def draw_subarachnoid(rng, head, side, ml, first):
     form = rng.choice(['basal', 'sylvian', 'convexity', 'falx'], p=[.22, .23, .43, .12])
-    r = ball(ml/FILLED[form])*np.exp(rng.normal(0, .15, 3))*(1.2, 1.2, .65 if form!='basal' else 1) # Rather flat: half of the pieces are on one slice
+    flat = 1. if form=='basal' else .65 # Half of the pieces are on one slice
+    r = ball(ml/FILLED[form])*np.exp(rng.normal(0, .15, 3))*(1.2, 1.2, flat)
     if form=='basal': c = np.array((0, -8, 14)) + rng.normal(0, (6, 5, 2))
     if form=='sylvian': c = np.array((42, -6, 26)) + rng.normal(0, (3, 8, 7))
     if form=='falx': c = np.array((1, rng.uniform(-70, 50), rng.uniform(45, 90)))
@@ -137,7 +140,8 @@ def draw_bleeds(rng, head:Head, types)->list: # [Bleed]
         base, first = drawn(rng, SIZES[kind].hu, DENSITIES), None
         for ml in draw_volumes(rng, SIZES[kind]).tolist():
             here = side if rng.random() < .75 else -side
-            bleed = Bleed(kind, ml, base + rng.normal(0, 3), here, **DRAW[kind](rng, head, here, ml, first), **draw_texture(rng, kind, ml))
+            hu = base + rng.normal(0, 3)
+            bleed = Bleed(kind, ml, hu, here, **DRAW[kind](rng, head, here, ml, first), **draw_texture(rng, kind, ml))
             out.append(bleed)
             first = first or bleed
     return out
@@ -213,7 +217,8 @@ def intraventricular(b, at, rng):
     b_, side = at.b, b.side*at.b.x
     ripple = waves(rng, at.p, 14, 6)
     lateral = both(17-b_.z, -side)
-    if b.form=='third': return around(b_, (0, rng.uniform(-8, 10), 27)) + 2*ripple, both(at.holes, np.abs(b_.x)-5, np.abs(b_.z-26)-11)
+    if b.form=='third':
+        return around(b_, (0, rng.uniform(-8, 10), 27)) + 2*ripple, both(at.holes, np.abs(b_.x)-5, np.abs(b_.z-26)-11)
     if b.form=='fourth': return around(b_, (0, 38, rng.uniform(-4, 8))) + 2*ripple, both(at.holes, b_.z-16)
     if b.form=='cast': return around(b_, (b.side*b.center[0], *b.center[1:])) + 3*ripple, both(at.holes, lateral)
     return -at.row_y + .6*ripple, both(at.holes, lateral)
@@ -222,7 +227,8 @@ def subarachnoid(b, at, rng): # The part of the subarachnoid space that holds bl
     ripple = waves(rng, at.p, 12, 6)
     return ellipsoid(at.p, b.center, b.size, b.side if b.center[0] else 0) + .35*min(b.size)*ripple, at.deep*0-1
 
-FIELDS = dict(epidural=epidural, subdural=subdural, intraparenchymal=intraparenchymal, intraventricular=intraventricular, subarachnoid=subarachnoid)
+FIELDS = dict(epidural=epidural, subdural=subdural, intraparenchymal=intraparenchymal, intraventricular=intraventricular,
+              subarachnoid=subarachnoid)
 
 # %% ../nbs/01c_bleeds.ipynb #9a5baa18
 def filled(grown, held, ml, voxel): # A field that is below 0 in `ml` of what `held` allows, where `grown` is lowest
@@ -247,7 +253,8 @@ class Layers(NamedTuple):
 def layered(canvas, at:At, row_y, where): # `Layers` of a part of the grid
     scan = canvas.scan
     up = ((np.arange(PARTS)-(PARTS-1)/2)*scan.thick/PARTS).astype(np.float32)[:,None,None] # mm from the slice's middle
-    def stack(f, per_mm): return (f[:,None] + np.asarray(per_mm, np.float32)*up).reshape(-1, *f.shape[1:]) # per_mm: a number, or [n, 1, h, w]
+    def stack(f, per_mm): # per_mm: a number, or [n, 1, h, w]
+        return (f[:,None] + np.asarray(per_mm, np.float32)*up).reshape(-1, *f.shape[1:])
     def follow(f): return stack(f, np.gradient(f, scan.spacing, axis=0)[:,None] if len(f) > 1 else 0)
     p = Points(*(stack(f, m) for f,m in zip(cut(at.p, where), scan.normal @ to_head(scan, at.head.scale))))
     b = Points(*(q + follow(f-g) for q,f,g in zip(p, cut(at.b, where), cut(at.p, where))))
@@ -296,9 +303,12 @@ def bleed_fields(
         whole = fields.setdefault(bleed.kind, nowhere(n*PARTS))
         middle = f[PARTS//2::PARTS]
         mine = middle < whole[layers][PARTS//2::PARTS]
-        hu.setdefault(bleed.kind, np.full_like(at.deep, bleed.hu))[where][mine] = density(bleed, points, middle, patient.y[where], rng)[mine]
+        dense = hu.setdefault(bleed.kind, np.full_like(at.deep, bleed.hu))[where]
+        dense[mine] = density(bleed, points, middle, patient.y[where], rng)[mine]
         whole[layers] = np.minimum(whole[layers], f)
-        if bleed.edema: edema[where] = union(edema[where], both(middle - np.float32(bleed.edema)*(1 + .5*waves(rng, points, 18, 6)), 1.5-at.deep[where]))
+        if not bleed.edema: continue
+        rim = middle - np.float32(bleed.edema)*(1 + .5*waves(rng, points, 18, 6))
+        edema[where] = union(edema[where], both(rim, 1.5-at.deep[where]))
     for kind,f in fields.items():
         canvas.thin(kind, f)
         canvas.keep(f'{kind} hu', hu[kind])

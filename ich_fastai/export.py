@@ -94,6 +94,11 @@ def graph_error(
     pairs = zip(found, expected if isinstance(expected, tuple) else (expected,))
     return max(float(np.abs(a - b.cpu().numpy()).max()/max(1, np.abs(a).max())) for a, b in pairs)
 
+def _refusals():
+    "What onnxruntime raises for a graph that it cannot run"
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+    return state.Fail, state.InvalidArgument, state.InvalidGraph, state.NotImplemented, state.RuntimeException
+
 def export_network(
     model:nn.Module,
     path, # Where to
@@ -104,7 +109,7 @@ def export_network(
     try:
         write_onnx(model, path, channels, size)
         error = graph_error(path, model, channels, size)
-    except RuntimeError as e:  # An operator that ONNX does not have
+    except (RuntimeError, *_refusals()) as e:  # An operator that ONNX does not have, or a shape that the graph cannot take
         path.unlink(missing_ok=True)
         return printable(e, 200)
     if error <= LARGEST_ERROR: return ''

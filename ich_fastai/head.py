@@ -113,7 +113,8 @@ def orbits(p): return ellipsoid(p, (31,-60,-7), (18,27,17))
 def globes(p): return ellipsoid(p, (31,-76,-7), (12,12.5,12))
 
 def eye_muscles(p):
-    return union(tube(p, [(29,-64,-7,2), (14,-36,-3,2)]), tube(p, [(42,-70,-7,1.6), (20,-38,-4,1.8)]), tube(p, [(19,-72,-7,1.6), (15,-40,-4,1.8)]))
+    nerve, lateral, medial = [(29,-64,-7,2), (14,-36,-3,2)], [(42,-70,-7,1.6), (20,-38,-4,1.8)], [(19,-72,-7,1.6), (15,-40,-4,1.8)]
+    return union(*(tube(p, path) for path in (nerve, lateral, medial)))
 
 def sinuses(
     p:Points, # Where
@@ -124,8 +125,9 @@ def sinuses(
     ethmoid = both(x-12, np.abs(p.y+55)-22, np.abs(p.z+6)-10)
     cells = both(ethmoid, 2.6*np.cos(p.y*.62 + wall) + 3*np.cos(x*.9 + 1.3*wall) - 3.6)
     nose = both(x-13, np.abs(p.y+62)-28, p.z+16, 1.2-np.abs(p.x+wall), 2.6+wall-np.abs(x-8))
-    return union(ellipsoid(p, (12,-84,13), (11*frontal, 3.2*frontal, 12*frontal)), cells, nose, ellipsoid(p, (8,-17,-8), (8,12,8)),
-                 ellipsoid(p, (29,-64,-36), (13,15,15)), ellipsoid(p, (0,-14,-42), (12,8,22)), tube(p, [(66,14,-10,3), (46,14,-9,2.5)]))
+    front, sphenoid = ellipsoid(p, (12,-84,13), (11*frontal, 3.2*frontal, 12*frontal)), ellipsoid(p, (8,-17,-8), (8,12,8))
+    maxillary, pharynx = ellipsoid(p, (29,-64,-36), (13,15,15)), ellipsoid(p, (0,-14,-42), (12,8,22))
+    return union(front, cells, nose, sphenoid, maxillary, pharynx, tube(p, [(66,14,-10,3), (46,14,-9,2.5)]))
 
 def mastoid(p): return ellipsoid(p, (54,32,-14), (13,17,20))
 
@@ -136,14 +138,16 @@ def face_bone(p):
     jaw = tube(p, [(52,0,-16,5), (48,-8,-40,4.5), (44,-20,-75,5)])
     plates = tube(p, [(14,-28,-18,3), (17,-34,-50,2.5)])
     atlas = both(np.abs(np.hypot(p.x, (p.y-34)*.9)-21)-4, np.abs(p.z+44)-7)
-    condyle, dens, body = ellipsoid(p, (19,26,-36), (9,12,7)), ellipsoid(p, (0,14,-45), (5.5,5.5,14)), ellipsoid(p, (0,-20,-8), (16,19,13))
+    condyle, dens = ellipsoid(p, (19,26,-36), (9,12,7)), ellipsoid(p, (0,14,-45), (5.5,5.5,14))
+    body = ellipsoid(p, (0,-20,-8), (16,19,13))
     return union(cheek, jaw, plates, atlas, condyle, dens, body)
 
 def face_skin(p):
     "Face, nose and neck"
     nose = ellipsoid(p, (0,-93,-30), (11,17,20))
     x = p.x*(1 - .004*np.minimum(p.y+42, 0))
-    return union(ellipsoid(Points(x, p.y, p.z), (0,-42,-25), (68,54,62)), nose, both(np.sqrt((p.x/66)**2 + ((p.y-28)/66)**2)*66-66, p.z-5))
+    neck = both(np.sqrt((p.x/66)**2 + ((p.y-28)/66)**2)*66-66, p.z-5)
+    return union(ellipsoid(Points(x, p.y, p.z), (0,-42,-25), (68,54,62)), nose, neck)
 
 def arteries(p):
     "Carotid, middle and anterior cerebral, basilar and posterior cerebral arteries"
@@ -182,7 +186,8 @@ def draw_head(rng)->Head:
     hydrocephalus = u(3, 9) if rng.random() < .03 else 0.
     traps = tuple(name for name,trap in TRAPS.items() if rng.random() < trap.rate)
     return Head(scale=(size*n(1, .04), size*n(1, .035), size*n(1, .035)), egg=u(.06, .16), bone=u(2.5, 9) if child else u(4.5, 9),
-        scalp=u(2.5, 7.5), atrophy=atrophy, ventricles=u(-1.2, .6) + 3.4*atrophy**2 + hydrocephalus, base=(rng.lognormal(.1, .3), rng.lognormal(0, .25)), sinuses=.1 if child else u(.4, 1.25),
+        scalp=u(2.5, 7.5), atrophy=atrophy, ventricles=u(-1.2, .6) + 3.4*atrophy**2 + hydrocephalus,
+        base=(rng.lognormal(.1, .3), rng.lognormal(0, .25)), sinuses=.1 if child else u(.4, 1.25),
         dura=u(.4, .9), falx=n(50, 4), vein=n(54, 6), grey=white+u(5.5, 10.5), white=white, ribbon=u(2.6, 3.8), traps=traps)
 
 # %% ../nbs/01b_head.ipynb #fdfecb16
@@ -235,7 +240,8 @@ def face_fields(
     canvas.solid('bone', both(bone, skin+2))
     canvas.solid('air', both(low_field(union(holes, both(cells+2, 3*marble+.5)), low, skin), skin-1))
     lens = ellipsoid(sub, (31,-86.5,-7), (4.5,2.2,4.5))
-    for name,f in dict(orbit=orbits(sub)+.8, globe=globes(sub), vitreous=globes(sub)+1.3, lens=lens, muscle=eye_muscles(sub)).items():
+    eye = dict(orbit=orbits(sub)+.8, globe=globes(sub), vitreous=globes(sub)+1.3, lens=lens, muscle=eye_muscles(sub))
+    for name,f in eye.items():
         canvas.solid(name, low_field(f, low, skin))
 
 # %% ../nbs/01b_head.ipynb #983e8d3f
@@ -277,7 +283,8 @@ def brain_fields(
     canvas.layer('brain', 'stem', head.white+3, midbrain(b))
     canvas.layer('brain', 'callosum', head.white, both(np.abs(np.hypot((b.y-2)*.62, b.z-34)-23)-2.5, np.abs(b.x)-13, 42-b.z))
     leaf = np.sqrt((1.25*b.x)**2 + (b.y-30)**2 + (b.z-4)**2) + 2*curl
-    canvas.sheet('folia', canvas.mm(np.sin(leaf*np.float32(2*np.pi/11))), np.where((sheet < -2) & (b.y > 24), np.minimum(.2+.5*a, .3*(14-deep)), -3))
+    open_wide = np.where((sheet < -2) & (b.y > 24), np.minimum(.2+.5*a, .3*(14-deep)), -3)
+    canvas.sheet('folia', canvas.mm(np.sin(leaf*np.float32(2*np.pi/11))), open_wide)
     canvas.solid('ventricle', holes)
     space_fields(canvas, p, b, deep, sheet, curl, a, rng, wet)
     dura_fields(canvas, p, b, deep, sheet, notch, head.dura)
@@ -331,7 +338,10 @@ def around(p, center, side=None): # mm from a point
     return np.sqrt(sum((a-np.float32(c))**2 for a,c in zip(p, center)))
 
 def side_of(rng): return int(rng.choice([-1, 1]))
-def anywhere(rng, low=-5, high=65): return pole(side_of(rng), rng.uniform(-75, 75), rng.uniform(low, high)) # A direction to the vault
+
+def anywhere(rng, low=-5, high=65): # A direction to the vault
+    return pole(side_of(rng), rng.uniform(-75, 75), rng.uniform(low, high))
+
 def turned(rng, sigma): return rng.normal(0, sigma, 3)
 
 # %% ../nbs/01b_head.ipynb #5ccfb084
@@ -344,32 +354,40 @@ def choroid(canvas, at, rng): # Calcified choroid plexus; in the atria, often un
 
 def pineal(canvas, at, rng):
     center = np.array((0,22,31)) + turned(rng, 1)
-    canvas.layer('bright', 'pineal', rng.uniform(80, 350), around(at.b, center) - rng.uniform(1.5, 3.2) + .4*waves(rng, at.p, 7, 6))
+    hu = rng.uniform(80, 350)
+    canvas.layer('bright', 'pineal', hu, around(at.b, center) - rng.uniform(1.5, 3.2) + .4*waves(rng, at.p, 7, 6))
 
 def habenula(canvas, at, rng): canvas.layer('bright', 'habenula', rng.uniform(70, 200), ellipsoid(at.b, (2,17,31), (2,1.2,1.2)))
 
 def ganglia(canvas, at, rng): # Calcified globus pallidus
-    canvas.layer('bright', 'ganglia', rng.uniform(48, 110), ellipsoid(at.b, (20,-2,30), (3.5,8,5)) + 2*waves(rng, at.p, 7, 6) - rng.uniform(-2, 1.5))
+    hu, lumps = rng.uniform(48, 110), 2*waves(rng, at.p, 7, 6)
+    canvas.layer('bright', 'ganglia', hu, ellipsoid(at.b, (20,-2,30), (3.5,8,5)) + lumps - rng.uniform(-2, 1.5))
 
-def dentate(canvas, at, rng): canvas.layer('bright', 'dentate', rng.uniform(45, 90), ellipsoid(at.b, (14,46,-4), (5,8,5)) + 2*waves(rng, at.p, 7, 6))
+def dentate(canvas, at, rng): # Calcified dentate nuclei
+    hu = rng.uniform(45, 90)
+    canvas.layer('bright', 'dentate', hu, ellipsoid(at.b, (14,46,-4), (5,8,5)) + 2*waves(rng, at.p, 7, 6))
 
 def falx_plaques(canvas, at, rng): # Calcified and ossified falx
     for i in range(rng.integers(1, 4)):
         center = (0, rng.uniform(-72, 60), rng.uniform(55, 85))
-        canvas.layer('bright', f'plaque {i}', rng.uniform(90, 500), both(ellipsoid(at.b, center, (rng.uniform(1.2, 2.4), rng.uniform(3, 14), rng.uniform(4, 12))), .5-at.deep))
+        hu, radii = rng.uniform(90, 500), (rng.uniform(1.2, 2.4), rng.uniform(3, 14), rng.uniform(4, 12))
+        canvas.layer('bright', f'plaque {i}', hu, both(ellipsoid(at.b, center, radii), .5-at.deep))
 
 def tentorial_plaque(canvas, at, rng):
     side, y = side_of(rng), rng.uniform(15, 50)
-    canvas.layer('bright', 'tentorial plaque', rng.uniform(90, 300), both(np.abs(at.sheet)-1.3, np.hypot(at.b.x-side*rng.uniform(14, 32), at.b.y-y)-rng.uniform(3, 8)))
+    hu, x, radius = rng.uniform(90, 300), side*rng.uniform(14, 32), rng.uniform(3, 8)
+    canvas.layer('bright', 'tentorial plaque', hu, both(np.abs(at.sheet)-1.3, np.hypot(at.b.x-x, at.b.y-y)-radius))
 
 # %% ../nbs/01b_head.ipynb #208b8dc9
 def calcified_arteries(canvas, at, rng): # Carotid siphon and vertebral arteries
     for side in (-1, 1):
-        canvas.layer('bright', f'siphon {side}', rng.uniform(150, 900), np.abs(tube(at.b, [(11,-14,-4,2.2), (11,-13,9,2.1)], side=side))-.7 + .8*waves(rng, at.p, 8, 6))
-        canvas.layer('bright', f'vertebral {side}', rng.uniform(100, 500), tube(at.b, [(9,20,-40,1.6), (4,4,-24,1.6)], side=side) + .9*waves(rng, at.p, 8, 6))
+        siphon, vertebral = tube(at.b, [(11,-14,-4,2.2), (11,-13,9,2.1)], side=side), tube(at.b, [(9,20,-40,1.6), (4,4,-24,1.6)], side=side)
+        canvas.layer('bright', f'siphon {side}', rng.uniform(150, 900), np.abs(siphon)-.7 + .8*waves(rng, at.p, 8, 6))
+        canvas.layer('bright', f'vertebral {side}', rng.uniform(100, 500), vertebral + .9*waves(rng, at.p, 8, 6))
 
 def dense_artery(canvas, at, rng): # A clot in the middle cerebral artery, without blood outside it
-    canvas.layer('bright', 'dense artery', rng.uniform(50, 62), tube(at.b, [(11,-12,13,1.6), (24,-15,17,1.4), (38,-12,21,1.2)], side=side_of(rng)))
+    path = [(11,-12,13,1.6), (24,-15,17,1.4), (38,-12,21,1.2)]
+    canvas.layer('bright', 'dense artery', rng.uniform(50, 62), tube(at.b, path, side=side_of(rng)))
 
 def granuloma(canvas, at, rng): # An old calcified spot in the brain
     for i in range(rng.integers(1, 4)):
@@ -380,7 +398,8 @@ def granuloma(canvas, at, rng): # An old calcified spot in the brain
 # %% ../nbs/01b_head.ipynb #cca5ad71
 def white_matter(canvas, at, rng): # Small-vessel disease: a dark, uneven rim around the ventricles
     wide = rng.uniform(3, 14)*np.float32(.3+at.head.atrophy)
-    canvas.layer('brain', 'white matter', at.head.white-rng.uniform(4, 9), both(at.holes - wide*(1 + .5*waves(rng, at.p, 20, 6)), 9-at.deep, -at.sheet))
+    hu = at.head.white-rng.uniform(4, 9)
+    canvas.layer('brain', 'white matter', hu, both(at.holes - wide*(1 + .5*waves(rng, at.p, 20, 6)), 9-at.deep, -at.sheet))
 
 def lacune(canvas, at, rng):
     for i in range(rng.integers(1, 4)):
@@ -398,7 +417,8 @@ def fresh_infarct(canvas, at, rng): infarct(canvas, at, rng, at.head.white-rng.u
 
 def cyst(canvas, at, rng): # Arachnoid cyst, or a wide great cistern
     n = anywhere(rng, -35, 50)
-    canvas.layer('fluid', 'cyst', rng.uniform(2, 9), both(around(at.p, on_vault(at.head, n) + n*rng.uniform(-8, 6)) - rng.uniform(12, 26), .3-at.deep))
+    hu, center = rng.uniform(2, 9), on_vault(at.head, n) + n*rng.uniform(-8, 6)
+    canvas.layer('fluid', 'cyst', hu, both(around(at.p, center) - rng.uniform(12, 26), .3-at.deep))
 
 def hygroma(canvas, at, rng): # Fluid like CSF between skull and brain
     side, wide = side_of(rng), rng.uniform(3, 10)
@@ -413,13 +433,15 @@ def meningioma(canvas, at, rng):
     f = both(around(at.p, center) - radius + .08*radius*waves(rng, at.p, 15, 6), .2-at.deep)
     canvas.layer('brain', 'swelling', at.head.white-6, both(f - rng.uniform(-3, 10)*(1 + .5*waves(rng, at.p, 18, 6)), 4-at.deep))
     canvas.layer('bright', 'meningioma', rng.uniform(40, 58), f)
-    if rng.random() < .3: canvas.layer('bright', 'calcified meningioma', rng.uniform(100, 400), f + .4*radius + 2*waves(rng, at.p, 7, 6))
+    if rng.random() > .3: return
+    canvas.layer('bright', 'calcified meningioma', rng.uniform(100, 400), f + .4*radius + 2*waves(rng, at.p, 7, 6))
 
 def metastasis(canvas, at, rng): # A tumor as dense as grey matter in its edema
     n = anywhere(rng, -25, 60)
     center, radius = on_vault(at.head, n) - n*rng.uniform(8, 30), rng.uniform(3, 11)
     f = both(around(at.p, center) - radius + .15*radius*waves(rng, at.p, 12, 6), 1-at.deep)
-    canvas.layer('brain', 'tumor edema', at.head.white-8, both(f - rng.uniform(3, 14)*(1 + .6*waves(rng, at.p, 16, 6)), 3-at.deep))
+    edema = f - rng.uniform(3, 14)*(1 + .6*waves(rng, at.p, 16, 6))
+    canvas.layer('brain', 'tumor edema', at.head.white-8, both(edema, 3-at.deep))
     canvas.layer('brain', 'tumor', rng.uniform(30, 42), f)
 
 # %% ../nbs/01b_head.ipynb #9db34910
@@ -431,7 +453,8 @@ def lumps(canvas, at, rng): # The inner table bulges in: jugular tubercle, occip
     for i in range(rng.integers(1, 6)):
         n = pole(side_of(rng), rng.uniform(-80, 85), rng.uniform(-40, 20))
         radius = rng.uniform(3, 11)
-        canvas.layer('bright', f'lump {i}', rng.uniform(350, 1100), ellipsoid(at.p, tuple(on_vault(at.head, n)), tuple(radius*rng.uniform(.6, 1.6, 3)), 1) + waves(rng, at.p, 16, 6))
+        hu, radii = rng.uniform(350, 1100), radius*rng.uniform(.6, 1.6, 3)
+        canvas.layer('bright', f'lump {i}', hu, ellipsoid(at.p, on_vault(at.head, n), radii, 1) + waves(rng, at.p, 16, 6))
 
 def flap(canvas, at, rng): # (angle from the flap's middle in degrees, mm inward from the inner table, its radius in degrees)
     n = anywhere(rng, 5, 50)
@@ -444,8 +467,10 @@ def craniotomy(canvas, at, rng): # A flap of bone with gaps around it, and its p
     gap = np.abs(angle-radius)*1.3 - rng.uniform(.8, 2)
     skull = both(at.deep-1, -14-at.deep)
     canvas.layer('outside', 'saw cut', 40, both(gap, skull))
-    canvas.layer('outside', 'plates', 2500, both(gap-1.5, np.abs(at.deep+at.head.bone+1)-.7, 2.2-3*np.abs(waves(rng, at.p, 20, 6))))
-    if rng.random() < .5: canvas.layer('bright', 'thick dura', rng.uniform(42, 60), both(at.deep-rng.uniform(1, 2.5), -at.deep, angle-radius))
+    outer = np.abs(at.deep+at.head.bone+1)-.7
+    canvas.layer('outside', 'plates', 2500, both(gap-1.5, outer, 2.2-3*np.abs(waves(rng, at.p, 20, 6))))
+    if rng.random() < .5:
+        canvas.layer('bright', 'thick dura', rng.uniform(42, 60), both(at.deep-rng.uniform(1, 2.5), -at.deep, angle-radius))
     if rng.random() < .4: air(canvas, at, rng)
 
 def craniectomy(canvas, at, rng): # Bone taken out; the scalp lies on the dura
@@ -456,7 +481,7 @@ def craniectomy(canvas, at, rng): # Bone taken out; the scalp lies on the dura
 def bubbles(canvas, at, rng): # Air within the skull after a fracture, in small pockets
     for i in range(rng.integers(1, 6)):
         spot = on_vault(at.head, pole(side_of(rng), rng.uniform(-85, -20), rng.uniform(-10, 60)))*rng.uniform(.85, .99)
-        canvas.layer('fluid', f'bubble {i}', rng.uniform(-950, -300), ellipsoid(at.p, tuple(spot), tuple(rng.uniform(1, 4, 3)), 1))
+        canvas.layer('fluid', f'bubble {i}', rng.uniform(-950, -300), ellipsoid(at.p, spot, rng.uniform(1, 4, 3), 1))
 
 def air(canvas, at, rng): # Air within the skull that has risen to the front: after surgery
     top = rng.uniform(-78, -60)
@@ -466,7 +491,8 @@ def fracture(canvas, at, rng): # A thin line through the skull
     n, m = anywhere(rng, 0, 40), turned(rng, 1)
     m /= np.linalg.norm(m)
     plane = sum((a-np.float32(c))*np.float32(k) for a,c,k in zip(at.p, on_vault(at.head, n), m)) + waves(rng, at.p, 25)
-    canvas.sheet('fracture', plane, np.where(both(around(at.p, on_vault(at.head, n))-35, at.deep, -14-at.deep) < 0, np.float32(rng.uniform(.4, 1.2)), -3))
+    skull = both(around(at.p, on_vault(at.head, n))-35, at.deep, -14-at.deep)
+    canvas.sheet('fracture', plane, np.where(skull < 0, np.float32(rng.uniform(.4, 1.2)), -3))
     canvas.layers['outside'].append(('fracture', 45))
     scalp_hematoma(canvas, at, rng, n)
     if rng.random() < .4: bubbles(canvas, at, rng)
@@ -496,16 +522,33 @@ class Trap(NamedTuple):
 _ours = 'ours: often enough to be learned'
 
 TRAPS = dict(
-    choroid=Trap(.66, choroid, _ours), pineal=Trap(.6, pineal, _ours),
-    habenula=Trap(.15, habenula, _ours), ganglia=Trap(.12, ganglia, _ours), dentate=Trap(.03, dentate, _ours),
-    falx_plaques=Trap(.2, falx_plaques, _ours), tentorial_plaque=Trap(.06, tentorial_plaque, _ours),
-    calcified_arteries=Trap(.35, calcified_arteries, _ours), dense_artery=Trap(.02, dense_artery, _ours),
-    granuloma=Trap(.06, granuloma, _ours), white_matter=Trap(.35, white_matter, _ours), lacune=Trap(.12, lacune, _ours),
-    old_infarct=Trap(.1, old_infarct, _ours), fresh_infarct=Trap(.05, fresh_infarct, _ours), cyst=Trap(.03, cyst, _ours),
-    hygroma=Trap(.03, hygroma, _ours), meningioma=Trap(.02, meningioma, 'Vernooij 2007 has .9 % of adults; here twice as many'), metastasis=Trap(.02, metastasis, _ours),
-    lumps=Trap(.5, lumps, _ours), bubbles=Trap(.02, bubbles, _ours),
-    hyperostosis=Trap(.06, hyperostosis, _ours), craniotomy=Trap(.05, craniotomy, _ours), craniectomy=Trap(.015, craniectomy, _ours),
-    fracture=Trap(.05, fracture, _ours), scalp_hematoma=Trap(.1, scalp_hematoma, _ours), shunt=Trap(.03, shunt, _ours))
+    choroid=Trap(.66, choroid, _ours),
+    pineal=Trap(.6, pineal, _ours),
+    habenula=Trap(.15, habenula, _ours),
+    ganglia=Trap(.12, ganglia, _ours),
+    dentate=Trap(.03, dentate, _ours),
+    falx_plaques=Trap(.2, falx_plaques, _ours),
+    tentorial_plaque=Trap(.06, tentorial_plaque, _ours),
+    calcified_arteries=Trap(.35, calcified_arteries, _ours),
+    dense_artery=Trap(.02, dense_artery, _ours),
+    granuloma=Trap(.06, granuloma, _ours),
+    white_matter=Trap(.35, white_matter, _ours),
+    lacune=Trap(.12, lacune, _ours),
+    old_infarct=Trap(.1, old_infarct, _ours),
+    fresh_infarct=Trap(.05, fresh_infarct, _ours),
+    cyst=Trap(.03, cyst, _ours),
+    hygroma=Trap(.03, hygroma, _ours),
+    meningioma=Trap(.02, meningioma, 'Vernooij 2007 has .9 % of adults; here twice as many'),
+    metastasis=Trap(.02, metastasis, _ours),
+    lumps=Trap(.5, lumps, _ours),
+    bubbles=Trap(.02, bubbles, _ours),
+    hyperostosis=Trap(.06, hyperostosis, _ours),
+    craniotomy=Trap(.05, craniotomy, _ours),
+    craniectomy=Trap(.015, craniectomy, _ours),
+    fracture=Trap(.05, fracture, _ours),
+    scalp_hematoma=Trap(.1, scalp_hematoma, _ours),
+    shunt=Trap(.03, shunt, _ours),
+)
 
 # %% ../nbs/01b_head.ipynb #08a99fed
 def contrast_fields(canvas, p, b, deep, rng): # Vessels and dura full of contrast agent
@@ -516,7 +559,8 @@ def contrast_fields(canvas, p, b, deep, rng): # Vessels and dura full of contras
     canvas.layer('bright', 'dura', 75, both(np.abs(deep-.6)-.7, -10-b.z))
 
 # %% ../nbs/01b_head.ipynb #1fd8963e
-_outside = dict(skin=35, fat=-85, flesh=48, bone=1150, diploe=820, marrow=520, orbit=-80, globe=42, vitreous=9, lens=85, muscle=46, air=-960)
+_outside = dict(skin=35, fat=-85, flesh=48, bone=1150, diploe=820, marrow=520, orbit=-80, globe=42, vitreous=9,
+                lens=85, muscle=46, air=-960) # HU, in the order of painting
 
 def head_fields(
     canvas:Canvas,
@@ -556,7 +600,8 @@ def paint_tissue(
         ribbon = c.cover_sheet('sulcus', k, c.fine('ribbon', k))
         if core is not None: lay(hu, head.white + .5*texture, core if ribbon is None else core*(1-ribbon))
     for name,value in c.layers['brain']: c.paint(hu, name, value, k)
-    space = most(*(c.cover_sheet(s, k) for s in ('sulcus', 'cleft', 'insula', 'limb')), c.cover('cistern', k), None if brain is None else 1-brain)
+    sheets = [c.cover_sheet(name, k) for name in ('sulcus', 'cleft', 'insula', 'limb')]
+    space = most(*sheets, c.cover('cistern', k), None if brain is None else 1-brain)
     lay(hu, 7, space)
     c.paint(hu, 'folia', 22, k)
     c.paint(hu, 'ventricle', 6, k)

@@ -78,10 +78,9 @@ def measure_pieces(
         rows.append((ml, hu[piece].mean(), n_slices, n_slices*spacing))
     return pd.DataFrame(rows, columns=['ml', 'hu', 'slices', 'height'])
 
-# %% ../nbs/01f_measures.ipynb #8ef3c8fb
-PUBLISHED_HEADS = dict( # Median over slices without a bleed; six RSNA studies
-    noise=3.4, p1=8, p5=17, p25=24.5, p50=28.5, p75=31, p95=35, p99=39, **dict(zip([f'd{d:g}' for d in DEPTHS[3:]], (52, 40, 36, 34, 33, 31, 30, 29, 28, 28))))
-
+# %% ../nbs/01f_measures.ipynb #4a14c23c
+_profile = dict(zip([f'd{d:g}' for d in DEPTHS[3:]], (52, 40, 36, 34, 33, 31, 30, 29, 28, 28)))
+PUBLISHED_HEADS = dict(noise=3.4, p1=8, p5=17, p25=24.5, p50=28.5, p75=31, p95=35, p99=39, **_profile) # Medians over slices without a bleed; six RSNA studies
 PUBLISHED_NOISE = 2.5, 5.1 # At the 5th and 95th percentile of slices, HU
 
 PUBLISHED_BLEEDS = pd.DataFrame( # BHSD: 1,873 connected pieces in 192 RSNA studies
@@ -100,10 +99,11 @@ def bleeds_table(
     "What the masks of many studies measure, by type"
     by, of_study = pieces.groupby('type'), pieces.groupby(['type', 'study']).ml
     at = lambda groups, name, shares: {f'{name} {share}': groups.quantile(share/100) for share in shares}
-    columns = dict(**at(by.hu, 'hu', (5, 25, 50, 75, 95)), **at(by.ml, 'piece ml', (10, 50, 90)), **at(of_study.sum().groupby('type'), 'study ml', (10, 50, 90)),
-                   **at(of_study.size().groupby('type'), 'pieces', (25, 50, 75, 90)), **{'on one slice': by.slices.agg(lambda s: (s==1).mean())},
-                   **at(by.height, 'height', (50, 90)))
-    return pd.DataFrame(columns)
+    totals, counts = of_study.sum().groupby('type'), of_study.size().groupby('type')
+    columns = at(by.hu, 'hu', (5, 25, 50, 75, 95)) | at(by.ml, 'piece ml', (10, 50, 90)) | at(totals, 'study ml', (10, 50, 90))
+    columns |= at(counts, 'pieces', (25, 50, 75, 90))
+    columns['on one slice'] = by.slices.agg(lambda s: (s==1).mean())
+    return pd.DataFrame(columns | at(by.height, 'height', (50, 90)))
 
 # %% ../nbs/01f_measures.ipynb #4bd765a3
 def label_steps(

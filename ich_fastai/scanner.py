@@ -67,8 +67,10 @@ def draw_scanner(rng, scan):
     "Four in five are near the real median; the others are sharp kernels, low doses, thin slices, moving heads"
     odd, u = rng.random() < .15, rng.uniform
     thin = max(scan.spacing/scan.thick, 1)**.5 # Thin slices are noisier
-    return Scanner(blur=u(.4, .6) if odd and rng.random() < .4 else u(.62, .9), noise=log_uniform(rng, 2.1, 4.3)*(u(1, 2) if odd else 1)*min(thin, 1.5),
-                grain=u(.38, .55), glare=u(40, 130), haze=(u(5, 45)*(rng.random() < .35), u(3, 8)), cupping=u(2, 24), shift=rng.normal(0, 3), streak=u(1, 9),
+    blur = u(.4, .6) if odd and rng.random() < .4 else u(.62, .9)
+    noise = log_uniform(rng, 2.1, 4.3)*(u(1, 2) if odd else 1)*min(thin, 1.5)
+    return Scanner(blur=blur, noise=noise, grain=u(.38, .55), glare=u(40, 130), haze=(u(5, 45)*(rng.random() < .35), u(3, 8)),
+                cupping=u(2, 24), shift=rng.normal(0, 3), streak=u(1, 9),
                 holder=(u(102, 116), u(112, 170), u(1, 4), rng.choice([u(-100, 120), u(120, 500)])),
                 moved=u(1, 5)*(rng.random() < .05), sharpen=u(.1, .5)*(odd and rng.random() < .5))
 
@@ -134,7 +136,8 @@ def whole(canvas, name): # Share of the solid at each point of the coarse grid [
 def bone_haze(canvas, scanner): # Share of bone by slice [n]; what beam hardening and glare leave beside it goes on the canvas
     bone = whole(canvas, 'bone')*(1-whole(canvas, 'cavity'))
     spread = lambda mm: np.stack([gaussian_filter(s, mm/canvas.step, truncate=3) for s in bone])
-    canvas.keep('haze', scanner.glare*spread(2) + scanner.haze[0]*spread(scanner.haze[1]) + scanner.cupping*spread(18) + scanner.shift)
+    hu, mm = scanner.haze
+    canvas.keep('haze', scanner.glare*spread(2) + hu*spread(mm) + scanner.cupping*spread(18) + scanner.shift)
     return bone.mean((1, 2))
 
 # %% ../nbs/01d_scanner.ipynb #934dda9c

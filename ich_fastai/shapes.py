@@ -112,8 +112,8 @@ def waves(
     k = rng.standard_normal((n, 3)) * 2.5/length
     phase = rng.uniform(0, 2*np.pi, n)
     first = np.array([a[0,0,0] for a in p])
-    along = (np.stack([a[:,0,0] for a in p]), np.stack([a[0,:,0] for a in p])-first[:,None], np.stack([a[0,0,:] for a in p])-first[:,None])
-    z, y, x = (np.exp(1j*(k @ a)) for a in along) # [n waves, points of the axis]
+    axes = [np.stack([a[where] for a in p]) for where in (np.s_[:,0,0], np.s_[0,:,0], np.s_[0,0,:])]
+    z, y, x = (np.exp(1j*(k @ a)) for a in (axes[0], axes[1]-first[:,None], axes[2]-first[:,None])) # [n waves, points of the axis]
     zy = np.einsum('wz,wy->zyw', z*np.exp(1j*phase)[:,None], y)
     pairs = np.concatenate([zy.real, -zy.imag], 2).astype(np.float32).reshape(-1, 2*n)
     return (pairs @ np.concatenate([x.real, x.imag]).astype(np.float32)*np.float32(np.sqrt(2/n))).reshape(p.x.shape)
@@ -141,7 +141,7 @@ def straight_scan(size=128, spacing=5., low=-40, high=110, fov=230.): # A `Scan`
     return Scan(fov/size, size, size, spacing, spacing, 0., origin, np.eye(3))
 
 # %% ../nbs/01_shapes.ipynb #bfc0a6d2
-GRID = 120 # Coarse points across the image, about 2 mm apart: the anatomy is computed there; an image of fewer pixels needs no more points than it has
+GRID = 120 # Coarse points across the image, about 2 mm apart, or as many as it has pixels: the anatomy is computed there
 
 def world(scan:Scan, u, v): # u, v: mm along rows and columns -> patient x, y, z against the head's origin, [n, v, u]
     o = scan.origin.astype(np.float32)[:,None,None,:]
