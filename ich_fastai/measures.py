@@ -76,7 +76,7 @@ def measure_pieces(
         if ml < SMALLEST_PIECE: continue
         n_slices = int(piece.any((1, 2)).sum())
         rows.append((ml, hu[piece].mean(), n_slices, n_slices*spacing))
-    return pd.DataFrame(rows, columns=['ml', 'hu', 'slices', 'height'])
+    return pd.DataFrame(rows, columns=['ml', 'hu', 'slices', 'height'], dtype=float)
 
 # %% ../nbs/01f_measures.ipynb #4a14c23c
 _profile = dict(zip([f'd{d:g}' for d in DEPTHS[3:]], (52, 40, 36, 34, 33, 31, 30, 29, 28, 28)))
