@@ -398,10 +398,10 @@ def _predict_summary(batch, model, point):
     if batch.to.pictures: say(f'slices with blood: {batch.to.pictures}' if batch.to.pictures.is_dir() else 'no slice with blood to show')
     say(f'Research use, not a medical device. The model learned from {model}.')
 
-@command('ich-predict run/models/demo_resnet18/0/bundle scans', 'ich-predict phantom studies.zip --out out/predictions.csv --pictures out/slices', "ich-predict my_bundle scans --point 'sensitivity .95'",
+@command('ich-predict run/models/demo_resnet18/0/bundle scans', 'ich-predict my_bundle studies.zip --out out/predictions.csv --pictures out/slices', "ich-predict my_bundle scans --point 'sensitivity .95'",
          'ich-predict my_bundle images --window brain             # PNG or JPEG files')
 def predict(
-    bundle:str, # The folder of a bundle, or phantom, the one that comes with this package
+    bundle:str, # The folder of a bundle, as `ich-train` leaves one in run/models/RECIPE/SEED/bundle
     *src:str, # DICOM files, a folder of them, nested as you like, or a zip archive; with --window a folder of PNG or JPEG files
     out:str='predictions.csv', # The table of slices; predictions_studies.csv and, where files were left out, predictions_errors.csv stand beside it
     pictures:str='', # A new folder for a PNG of each slice with blood

@@ -334,7 +334,7 @@ def on_vault(head, direction): # The inner table's point in a direction, mm
     p = MIDDLE + t[:,None]*direction
     return p[np.argmin(np.abs(vault(Points(*p.T), head.egg)))]
 
-def around(p, center, side=None): # mm from a point
+def around(p, center): # mm from a point
     return np.sqrt(sum((a-np.float32(c))**2 for a,c in zip(p, center)))
 
 def side_of(rng): return int(rng.choice([-1, 1]))
@@ -456,7 +456,7 @@ def lumps(canvas, at, rng): # The inner table bulges in: jugular tubercle, occip
         hu, radii = rng.uniform(350, 1100), radius*rng.uniform(.6, 1.6, 3)
         canvas.layer('bright', f'lump {i}', hu, ellipsoid(at.p, on_vault(at.head, n), radii, 1) + waves(rng, at.p, 16, 6))
 
-def flap(canvas, at, rng): # (angle from the flap's middle in degrees, mm inward from the inner table, its radius in degrees)
+def flap(canvas, at, rng): # (angle from the flap's middle, its radius), degrees
     n = anywhere(rng, 5, 50)
     along = sum((a-np.float32(m))*np.float32(c) for a,m,c in zip(at.p, MIDDLE, n))
     angle = np.degrees(np.arccos(np.clip(along/(around(at.p, MIDDLE)+1e-3), -1, 1)))
