@@ -57,23 +57,31 @@ def metadata_forest(
     return _fit_predict(data, recipe, seed, header_numbers(data.run.read('metadata')).fillna(-1e6), forest)
 
 # %% ../nbs/24_baselines.ipynb #a334685c
+def _inside(bone, unit):
+    "What the skull encloses, closed where it is open by a little"
+    pad = int(8*unit)
+    regions, _ = ndimage.label(~ndimage.binary_closing(np.pad(bone, pad), iterations=max(1, round(2*unit))))
+    outside = np.unique(np.concatenate([regions[0], regions[-1], regions[:, 0], regions[:, -1]]))
+    return ~np.isin(regions, [0, *outside])[pad:-pad, pad:-pad]
+
 def brain_mask(
     hu:np.ndarray, # [h, w]
-    rim:int=2, # Pixels next to bone that do not count
+    rim:float=2.5, # 128ths of the side next to bone and air that do not count
 )->np.ndarray: # bool [h, w]
-    "Pixels of 0 to 100 HU inside the skull, off the bone"
-    bone = ndimage.binary_dilation(hu > 300, iterations=rim)
-    regions, _ = ndimage.label(~bone)
-    outside = np.unique(np.concatenate([regions[0], regions[-1], regions[:, 0], regions[:, -1]]))
-    return ~np.isin(regions, outside) & ~bone & (hu >= 0) & (hu <= 100)
+    "Pixels of -10 to 90 HU inside the skull, off bone and air"
+    unit, bone = len(hu)/128, hu >= 95
+    off = ndimage.distance_transform_edt(~(bone | (hu < -150))) > rim*unit
+    return _inside(bone, unit) & off & (hu > -10) & (hu < 90)
 
 def n_bright(
     hu:np.ndarray, # [h, w]
-    above:float=20., # HU over the brain's mean
+    above:float=14., below:float=45., # HU over the brain's median
 )->int:
-    "How many pixels of the brain are that much brighter than its mean"
-    brain = hu[brain_mask(hu)]
-    return int((brain >= brain.mean() + above).sum()) if len(brain) else 0
+    "How many pixels of the brain are that much brighter than its median; 0 where there is little brain"
+    brain, unit = brain_mask(hu), len(hu)/128
+    if brain.mean() < .024: return 0
+    over = ndimage.gaussian_filter(hu.astype(np.float32), .75*unit) - np.median(hu[brain & (hu > 10)])
+    return int(ndimage.binary_opening(brain & (over > above) & (over < below), iterations=max(1, round(unit))).sum())
 
 # %% ../nbs/24_baselines.ipynb #9c81f691
 def bright_features(
