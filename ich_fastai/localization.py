@@ -18,7 +18,7 @@ from scipy import ndimage
 from fastcore.script import CliError
 
 from .core import LABELS, TYPES, Run, pick
-from .masks import kept_masks, open_mask, open_truth
+from .masks import each_mask, kept_masks, of_label
 from .clean import Store, crop, resize
 from .data import make_loader, open_pictures
 from .metrics import Draws
@@ -31,18 +31,6 @@ def _stored_mask(mask, box, size):
     "bool [size, size] of a mask, cropped and resized as its image in the store"
     return resize(crop(mask, box) > 0, size) >= .5
 
-def _of_label(mask, label, area):
-    "Where a mask has a label; the area is 0 or NaN where an image's mask says nothing of it"
-    if not area > 0: return np.zeros_like(mask)
-    return mask if label == 'any' else mask >> TYPES.index(label) & 1
-
-def _masks_of(rows):
-    "(image, mask) of each row with a mask; each npz is opened once"
-    for path, of_file in rows[rows['mask'] != ''].groupby('mask', sort=False):
-        of_npz = (of_file['row'] >= 0).all()
-        masks = open_truth(path)[0] if of_npz else None
-        for image, row in of_file['row'].items(): yield image, masks[row] if of_npz else open_mask(path)
-
 def read_masks(
     run, # A run folder with masks, from `keep_masks`, and an image store
     images, # Which
@@ -53,9 +41,9 @@ def read_masks(
     run, rows = Run(run), kept_masks(run).loc[images]
     boxes = run.read('index', columns=['top', 'left', 'side'])
     masks = np.zeros((len(rows), size, size), bool)
-    for image, mask in _masks_of(rows):
-        of_label = _of_label(mask, pick(label, LABELS, 'label'), rows.loc[image, label])
-        masks[rows.index.get_loc(image)] = _stored_mask(of_label, tuple(boxes.loc[image]), size)
+    for image, mask in each_mask(rows):
+        drawn = of_label(mask, pick(label, LABELS, 'label'), rows.loc[image, label])
+        masks[rows.index.get_loc(image)] = _stored_mask(drawn, tuple(boxes.loc[image]), size)
     return masks
 
 # %% ../nbs/31c_localization.ipynb #ccd65a15

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MASK_COLUMNS', 'open_truth', 'open_mask', 'find_masks', 'masks_of', 'check_masks', 'mask_facts', 'measure_masks',
-           'write_masks', 'keep_masks', 'kept_masks']
+           'write_masks', 'keep_masks', 'kept_masks', 'each_mask', 'of_label']
 
 # %% ../nbs/12c_masks.ipynb #03701354
 import os
@@ -203,3 +203,22 @@ def kept_masks(
 )->pd.DataFrame: # As from `keep_masks`
     "What is known of a run's masks"
     return Run(run).read('masks')
+
+# %% ../nbs/12c_masks.ipynb #2686fa5a
+def each_mask(
+    rows:pd.DataFrame, # From `kept_masks`
+): # (image, mask as from `open_mask`) of each row that has one
+    "The masks of some slices; each npz is opened once"
+    for path, of_file in rows[rows['mask'] != ''].groupby('mask', sort=False):
+        of_npz = (of_file['row'] >= 0).all()
+        masks = open_truth(path)[0] if of_npz else None
+        for image, row in of_file['row'].items(): yield image, masks[row] if of_npz else open_mask(path)
+
+def of_label(
+    mask:np.ndarray, # From `open_mask`
+    label:str, # One of LABELS
+    area:float, # Its area by `kept_masks`; 0 or NaN where an image's mask says nothing of it
+)->np.ndarray: # As `mask`, 0 where it has no such blood
+    "Where a mask has a label"
+    if not area > 0: return np.zeros_like(mask)
+    return mask if label == 'any' else mask >> TYPES.index(label) & 1
