@@ -21,12 +21,16 @@ from .explore import *
 from .page import *
 from .intake import *
 from .studies import *
+from .brain import *
+from .mask_images import *
 from .loss import *
+from .augment import *
 from .study import *
 from .operating import *
 from .answers import *
 from .data import *
 from .block import *
+from .unet import *
 from .models import *
 from .learner import *
 from .checkpoints import *

@@ -15,7 +15,8 @@ from .recipes import Recipe, get_recipe
 from .dicom import freqhist_bins
 from .clean import crop, head_box, resized
 from .gray import slice_hu
-from .data import LookUp, TensorHU, view_table
+from .augment import TensorHU
+from .data import LookUp, view_table
 
 # %% ../nbs/20b_block.ipynb #7806866d
 def get_hu(

@@ -299,13 +299,23 @@ def train(
     quiet:bool=False, # No progress bars, no summary
 ):
     "Train one recipe and write its model and predictions into the run folder"
-    from ich_fastai.core import Run
-    folder, asked, settings = Run(run), recipe, set or []
+    asked, settings = recipe, set or []
     find = _finder(scale, scratch, epochs, settings, [recipe])
     recipe = find(recipe)
+    folder = _train_folder(run, recipe)
     from ich_fastai.run import run_recipe
     predictions = run_recipe(folder, recipe, seed=seed, resume=resume, minutes=checkpoint_minutes, find=find, track=track)
     say(f'{len(predictions):,} predictions in {folder.model(recipe.name, seed)}', f'next: `ich-compare {run} {asked}{_options(scale, scratch, epochs, settings, seed)}`')
+
+def _train_folder(run, recipe):
+    "The run folder; for a recipe that brings its own phantoms one is made where there is none"
+    from ich_fastai.core import Run
+    folder = Run(run, create=recipe.phantoms > 0)
+    own = str((folder.path/'phantoms'/'stage_2_train').absolute())
+    if not recipe.phantoms or folder.has('index') or folder.has('metadata') and folder.facts.get('source') != own: return folder
+    from ich_fastai.intake import teaching_run
+    say(f'{recipe.phantoms:,} studies of phantoms first, about {recipe.phantoms*3/60:.0f} minutes on two idle CPU cores')
+    return teaching_run(folder.path, recipe)
 
 def _options(scale, scratch, epochs, settings, seed):
     "The options that make the same recipe again"
@@ -349,7 +359,7 @@ def compare(
 # %% ../nbs/50_cli.ipynb #dc7b337d
 @command('ich-evaluate run/models/demo_resnet18/0/bundle other_run', 'ich-evaluate my_bundle other_run --side test            # only the test side of its split', 'ich-metadata scans other_run --labels labels.csv && ich-clean other_run && ich-evaluate my_bundle other_run')
 def evaluate(
-    bundle:str, # The folder of a bundle
+    bundle:str, # The folder of a bundle, or `phantom`, the model that comes with the package
     run:str, # A run folder with labels and an image store, of patients whom the model has not learned from
     side:str='', # train, valid or test of the run's split; where it is not given all labelled slices, or test where the model learned from this run
     seed:int=0, # Of the resamples, and of the folds that recalibrate
@@ -401,7 +411,7 @@ def _predict_summary(batch, model, point):
 @command('ich-predict run/models/demo_resnet18/0/bundle scans', 'ich-predict my_bundle studies.zip --out out/predictions.csv --pictures out/slices', "ich-predict my_bundle scans --point 'sensitivity .95'",
          'ich-predict my_bundle images --window brain             # PNG or JPEG files')
 def predict(
-    bundle:str, # The folder of a bundle, as `ich-train` leaves one in run/models/RECIPE/SEED/bundle
+    bundle:str, # `phantom`, the model that comes with the package, or the folder of a bundle, as `ich-train` leaves one in run/models/RECIPE/SEED/bundle
     *src:str, # DICOM files, a folder of them, nested as you like, or a zip archive; with --window a folder of PNG or JPEG files
     out:str='predictions.csv', # The table of slices; predictions_studies.csv and, where files were left out, predictions_errors.csv stand beside it
     pictures:str='', # A new folder for a PNG of each slice with blood
@@ -485,6 +495,17 @@ def demo(
     "Phantoms to metadata, clean images, trained and compared models and a report, without patient data or network"
     with _demo_folder(out, quick=quick, seed=seed).locked() as folder: _demo(folder, quick, seed)
 
+def _ask_shipped(folder, seed):
+    "What the model that comes with the package predicts for three phantoms of its own size, before anything is trained"
+    from ich_fastai.answers import SHIPPED
+    from ich_fastai.batch import predict_files
+    from ich_fastai.intake import TEACHING
+    from ich_fastai.phantom import write_phantoms
+    place = folder.path/'shipped'
+    if not (SHIPPED/'phantom').is_dir() or (place/'predictions_studies.csv').exists(): return
+    asked = write_phantoms(place/'phantoms', n_studies=3, seed=1000 + seed, size=256, prevalence=TEACHING)  # It has learned from those of seed 0
+    predict_files('phantom', asked/'stage_2_train', place/'predictions.csv', force=True)
+
 def _demo(folder, quick, seed):
     from ich_fastai.intake import clean_into, keep_labels, read_into
     from ich_fastai.labels import read_labels
@@ -504,7 +525,8 @@ def _demo(folder, quick, seed):
         _masks_summary(folder)
     say('3/4 clean images')
     clean_into(folder, 64 if quick else 128)
-    say('4/4 train and compare')
+    say('4/4 predict with the shipped model, then train and compare')
+    _ask_shipped(folder, seed)
     from ich_fastai.board import summary
     from ich_fastai.compare import compare as compare_recipes
     from ich_fastai.report import report

@@ -19,6 +19,7 @@ from .core import LABELS, Run, check_options, only_one, versions, write_whole
 from .page import banners, figure_text, in_words, inline, page, source_kind, table
 from .clean import Store
 from .shift import read_headers, shift, shift_findings
+from .answers import bundle_folder
 from .bundle import Bundle, load_bundle
 from .figures import plot_confusion, plot_precision_recall, plot_roc
 from .subgroups import FIXED, bleed_sizes, judge_groups, judge_sizes, slice_groups
@@ -240,7 +241,7 @@ def _judged(bundle, run, predictions, labels, n, seed):
     return pd.concat([judged, places.assign(point='')], ignore_index=True).reindex(columns=list(judged)) if len(places) else judged
 
 def evaluate_bundle(
-    bundle, # The folder of a bundle
+    bundle, # The folder of a bundle, or 'phantom', the shipped one
     run, # A run folder with labels and an image store: another hospital's, say
     side:str='', # 'train', 'valid' or 'test' of the run's split; all labelled slices where it is empty
     n:int=1000, # Resamples of the patients, for the intervals
@@ -251,7 +252,8 @@ def evaluate_bundle(
     check_side(side)
     run, loaded = Run(run), load_bundle(bundle)
     run.need('metadata', 'labels', 'index')
-    weights = hashlib.blake2b((Path(bundle)/'model.json').read_bytes(), digest_size=4).hexdigest()
+    bundle = bundle_folder(bundle)
+    weights = hashlib.blake2b((bundle/'model.json').read_bytes(), digest_size=4).hexdigest()
     folder = run.path/'evaluations'/'-'.join(filter(None, [loaded.recipe.name, weights, side]))
     with only_one(folder, 'wait until it ends'):
         predictions = _predicted(folder, _key(bundle, run, side), lambda: other_predictions(bundle, run, side))

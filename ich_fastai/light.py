@@ -21,6 +21,7 @@ from .recipes import Recipe
 from .dicom import HU_MAX, HU_MIN, hist_lut, window_lut
 from .series import series_codes
 from .clean import source_size
+from .brain import at_brightness, brain_shifts
 from .study import from_log_odds
 from .answers import COMBINERS, Answers, read_about
 
@@ -132,8 +133,10 @@ class LightBundle(Answers):
     )->Look:
         "What the network, or those of the parts together, make of some slices"
         if self.parts: return _together(self.recipe.kind, [part.look(store, positions) for part in self.parts])
-        rows = _rows_read(self.recipe, store.index)[positions]
-        return _of_images(self, as_seen(_hu_at(store, rows, self.size), view_lut(self.recipe, self.bins)))
+        rows, bright = _rows_read(self.recipe, store.index)[positions], self.recipe.brain_hu
+        hu = _hu_at(store, rows, self.size)
+        if bright: hu = at_brightness(hu, brain_shifts(store, bright, self.size)[rows])
+        return _of_images(self, as_seen(hu, view_lut(self.recipe, self.bins)))
 
 def _of_images(bundle, images):
     "A look at images, and at their mirror images where the recipe wants the mean"
@@ -184,7 +187,7 @@ def load_light(
 
 # %% ../nbs/40_light.ipynb #49ecf545
 BATCH = 12  # Slices: 9 MB of images at 256 px; larger ones are no faster
-DRAWN = .5  # Probability from which a pixel of a mask is blood
+DRAWN = .3  # Probability from which a pixel of a mask is blood: with one half thin bleeds are lost, which fill less than a pixel
 
 def _number(frame, name):
     return pd.to_numeric(frame[name], errors='coerce') if name in frame else pd.Series(np.nan, frame.index)

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['ARCHS', 'OWN', 'PRECISIONS', 'HEADS', 'weights_file', 'AsMaps', 'simple_nn', 'deep_cnn', 'create_body_for',
-           'precision_on', 'Float32Linear', 'full_precision', 'Net', 'create_model', 'n_parameters', 'n_statistics',
-           'parameter_groups', 'save_weights', 'load_weights', 'n_features', 'training_cost']
+           'precision_on', 'Float32Linear', 'full_precision', 'Net', 'MaskNet', 'create_model', 'n_parameters',
+           'n_statistics', 'parameter_groups', 'save_weights', 'load_weights', 'n_features', 'training_cost']
 
 # %% ../nbs/22_models.ipynb #62024912
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from urllib.error import URLError
 from pathlib import Path
 
@@ -22,12 +22,14 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from fastcore.foundation import L
 from fastcore.script import CliError
-from fastai.layers import flatten_model
+from fastai.layers import AdaptiveConcatPool2d, flatten_model
 from fastai.torch_core import params
 from fastai.vision.learner import add_head, create_body, create_head, model_meta
 
-from .core import pick, write_whole
+from .core import TYPES, pick, write_whole
 from .recipes import Recipe, get_recipe
+from .answers import bundle_folder
+from .unet import Decoder, Votes, small_resnet
 
 # %% ../nbs/22_models.ipynb #d80411a8
 _other = ('vit', 'swin', 'maxvit', 'inception', 'googlenet', 'mobilenet_v2', 'mnasnet', 'shufflenet')
@@ -71,7 +73,7 @@ def deep_cnn(channels:int, size:int)->nn.Sequential: # [n, 128, 1, 1] out of [n,
     return nn.Sequential(nn.Conv2d(channels, 32, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(32, 64, 5), nn.ReLU(), nn.MaxPool2d(2),
                          nn.Flatten(), nn.Linear(64*side*side, 128), nn.ReLU(), AsMaps())
 
-OWN = dict(simple_nn=simple_nn, deep_cnn=deep_cnn)
+OWN = dict(simple_nn=simple_nn, deep_cnn=deep_cnn, small_resnet=small_resnet)
 
 def _own_body(arch, channels, size, pretrained):
     if pretrained: raise CliError(f"there are no ImageNet weights for {arch}: set `pretrained = false` in the recipe")
@@ -139,7 +141,8 @@ class Net(nn.Sequential):
         dtype = PRECISIONS[precision_on(x.device.type, self.precision)]
         x = x.as_subclass(torch.Tensor).contiguous(memory_format=torch.channels_last)
         with torch.autocast(x.device.type, dtype=dtype, enabled=dtype is not None): x = layers(x)
-        return x.to(torch.promote_types(x.dtype, torch.float32))
+        whole = tuple(one.to(torch.promote_types(one.dtype, torch.float32)) for one in (x if isinstance(x, tuple) else (x,)))
+        return whole if isinstance(x, tuple) else whole[0]
 
     def forward(self, x): return self._run(super().forward, x)
 
@@ -147,6 +150,30 @@ class Net(nn.Sequential):
         "The mean of each feature map, or, of 'dense', what the head's last layer gets"
         pool = self[1][:-1] if of == 'dense' else lambda maps: maps.mean((2, 3))
         return self._run(lambda x: pool(self[0](x)), x)
+
+class MaskNet(Net):
+    "A `Net` that also draws where the blood is; while it trains it gives (logits, the head's alone, masks)"
+    def __init__(self, body, head):
+        super().__init__(body, head)
+        self.decoder, self.votes = Decoder(), Votes()
+
+    def __iter__(self): return iter((self[0], self[1])) # The pair that any `Net` is
+    def __len__(self): return 2
+
+    def _drawn(self, x):
+        maps = []
+        for part in self[0]: maps.append(x := part(x))
+        head, masks = self[1](x), self.decoder(maps)
+        return self.votes(head.float(), masks.float()), head, masks
+
+    def forward(self, x):
+        said = self._run(self._drawn, x)
+        return said if self.training else said[0]
+
+    def with_masks(self, x): # (logits [n, 6], logits of the masks of TYPES [n, 5, size/4, size/4])
+        "What it says, and where"
+        logits, _, masks = self._run(self._drawn, x)
+        return logits, masks[:, :len(TYPES)]
 
 # %% ../nbs/22_models.ipynb #318e22eb
 def _petkov(nf, n_out, p):
@@ -158,22 +185,34 @@ def _qiu(nf, n_out, p):
 
 def _linear(nf, n_out, p): return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(p), nn.Linear(nf, n_out))
 
-HEADS = dict(fastai=lambda nf, n_out, p: create_head(nf, n_out, ps=p), linear=_linear, petkov=_petkov, qiu=_qiu)
+def _mean_max(nf, n_out, p): return nn.Sequential(AdaptiveConcatPool2d(1), nn.Flatten(), nn.Dropout(p), nn.Linear(2*nf, n_out))
+
+HEADS = dict(fastai=lambda nf, n_out, p: create_head(nf, n_out, ps=p), linear=_linear, mean_max=_mean_max, petkov=_petkov, qiu=_qiu)
+
+def _start_from_shipped(model):
+    "Weights of the shipped model wherever they fit: its body, and what draws"
+    own, shipped = model.state_dict(), load_file(bundle_folder('phantom')/'model.safetensors')
+    fits = {name: t for name, t in shipped.items() if name in own and own[name].shape == t.shape}
+    misses = [name for name in own if name.startswith('0.') and name not in fits]
+    if misses: raise CliError(f"the shipped model does not fit this network ({misses[0]}): set `pretrained = false` in the recipe")
+    model.load_state_dict(own | fits)
 
 def create_model(
     recipe, # A name, a `Recipe` or a TOML file
-    pretrained:bool=False, # ImageNet's weights in the body?
+    pretrained=False, # ImageNet's weights in the body? Or 'phantom', for what of the shipped model's fits
     channels:int=None, # Of the images, where they are not the recipe's
     n_out:int=None, # Outputs, where they are not the recipe's
 )->Net:
     "The recipe's network, an output a label"
     recipe = get_recipe(recipe)
     n_out = n_out or recipe.n_outputs
-    body, n_features = create_body_for(recipe, pretrained, channels)
+    shipped = pretrained == 'phantom'
+    body, n_features = create_body_for(recipe, pretrained and not shipped, channels)
     head = HEADS[recipe.head](n_features, n_out, recipe.dropout)
     head[-1].__class__ = Float32Linear  # All of them end in a linear layer; its weights stay as they were drawn
-    model = Net(*add_head(body, n_features, n_out, head=head))
+    model = (MaskNet if recipe.masks else Net)(*add_head(body, n_features, n_out, head=head))
     model.precision = recipe.precision
+    if shipped: _start_from_shipped(model)
     return model.to(memory_format=torch.channels_last)
 
 def n_parameters(
@@ -241,8 +280,9 @@ def training_cost(
 )->tuple: # (parameters, floating-point operations for each training slice, over all epochs)
     "What a recipe's network costs"
     with torch.device('meta'): model = create_model(replace(recipe, pretrained=False)).eval()
+    layers = model._drawn if recipe.masks else partial(nn.Sequential.forward, model)
     def forward(size):
-        with FlopCounterMode(display=False) as counter: nn.Sequential.forward(model, torch.empty(1, recipe.n_channels, size, size, device='meta'))
+        with FlopCounterMode(display=False) as counter: layers(torch.empty(1, recipe.n_channels, size, size, device='meta'))
         return counter.get_total_flops()
     epochs = [recipe.frozen_epochs + recipe.epochs[0], *recipe.epochs[1:]]
     return n_parameters(model), sum(3*n*forward(size) for size, n in zip(recipe.sizes, epochs))

@@ -13,9 +13,9 @@ __all__ = ['BUILT', 'recipes', 'khandelwal_resnet18', 'khandelwal_resnet18_scrat
            'pyligent_efficientnet_b4_slice_split', 'qiu_vgg19', 'qiu_pca_logistic', 'qiu_pca_forest', 'qiu_lrcn',
            'qiu_lrcn_first', 'qiu_lrcn_dense', 'qiu_attention', 'qiu_ensemble', 'open_windows', 'open_hu',
            'open_balanced', 'open_jpeg', 'open_features', 'open_headers', 'open_sequence', 'winners_cnn', 'winners_gru',
-           'demo_resnet18', 'demo_densenet121', 'demo_alexnet', 'Recipe', 'write_recipe', 'read_recipe', 'add_recipe',
-           'get_recipe', 'parts_of', 'finder', 'concerns', 'changed_recipe', 'smaller', 'with_epochs', 'with_values',
-           'Stage', 'stages']
+           'phantom', 'demo_resnet18', 'demo_densenet121', 'demo_alexnet', 'Recipe', 'write_recipe', 'read_recipe',
+           'add_recipe', 'get_recipe', 'parts_of', 'finder', 'concerns', 'changed_recipe', 'smaller', 'with_epochs',
+           'with_values', 'Stage', 'stages']
 
 # %% ../nbs/02_recipes.ipynb #b6e6d4e7
 import re, tomllib
@@ -44,12 +44,14 @@ class Recipe:
     # what the network sees
     view: str = 'hist'                 # 'hist', 'windows' or 'neighbors', from the store, or 'jpeg': three windows from files
     windows: tuple = ('brain', 'subdural', 'brain_bone')  # For view 'windows': a channel each; 'hist' and 'hu' (all of it) count as such
+    brain_hu: float = 0.               # HU that each study's brain is moved to, by 8 at most; 0 leaves it as it was measured
     outside: str = 'clip'              # What is above a window: 'clip', to its upper end, or 'zero', as what is below
-    arch: str = 'resnet18'             # A torchvision or timm name, 'simple_nn' or 'deep_cnn'
-    head: str = 'fastai'               # 'fastai', 'linear', or a report's own: 'petkov' or 'qiu'
+    arch: str = 'resnet18'             # A torchvision or timm name, 'simple_nn', 'deep_cnn' or 'small_resnet'
+    head: str = 'fastai'               # 'fastai', 'linear', 'mean_max' (linear, of mean and maximum), or a report's own: 'petkov' or 'qiu'
     dropout: float = 0.5               # In the head
+    masks: float = 0.                  # Weight of the masks of its bleeds that it learns to draw, beside that of its labels; 0 draws none
     softmax: bool = False              # Do the labels shut each other out? A single one stands against none
-    pretrained: bool = True            # Start from ImageNet's weights?
+    pretrained: bool = True            # Start from ImageNet's weights? Or, where it is 'phantom', from those of the shipped model
     frozen: str = ''                   # What never trains but for its BatchNorm: '' (nothing), 'body' or 'three_blocks' (to the third pooling)
     # how a sequence of slices is read
     features: str = 'maps'             # Of its CNN: 'maps', the mean of each, or 'dense', what the head's last layer gets
@@ -91,9 +93,15 @@ class Recipe:
     zoom: float = 0.                   # Share of the side cut away, at most
     blur: float = 0.                   # Probability of a Gaussian blur
     blur_max: float = 0.               # Its largest sigma in pixels, each slice its own; 0 blurs all by about 1 pixel
+    elastic: float = 0.                # Share of the side by which places give way to each other, standard deviation
+    intensity: float = 0.              # Strength of random offset, contrast, sharpness and noise, as of other scanners; 1 is what `Intensity` tells
+    clipped: float = 0.                # Share of slices without what lies beyond a window, as 8-bit pictures are
     # how its probabilities become decisions
     tta: bool = False                  # Predict from each slice and its mirror image, and take the mean?
     threshold: float = 0.5             # For accuracy_multi
+    study_rule: str = ''               # What a study is told: 'max', 'top_k', 'noisy_or' or 'learned'; '' chooses on the validation patients
+    # what it learns from, where the run folder is empty
+    phantoms: int = 0                  # Studies of phantoms that are written first; 0 writes none
 
     def __post_init__(self):
         for f in fields(self):
@@ -115,14 +123,15 @@ class Recipe:
 # %% ../nbs/02_recipes.ipynb #e83828f4
 BUILT = 'cnn', 'sequence', 'two_step', 'ensemble'  # Kinds with a bundle; the others are baselines
 _choices = dict(kind=(*BUILT, 'metadata_forest', 'bright_pixels', 'pca_logistic', 'pca_forest'),
-                slices=('all', 'bleeding'), view=('hist', 'windows', 'neighbors', 'jpeg'), head=('fastai', 'linear', 'petkov', 'qiu'),
+                slices=('all', 'bleeding'), view=('hist', 'windows', 'neighbors', 'jpeg'), head=('fastai', 'linear', 'mean_max', 'petkov', 'qiu'),
                 validation=('patients', 'slices', 'stratified_slices'), outside=('clip', 'zero'), features=('maps', 'dense'),
                 frozen=('', 'body', 'three_blocks'), reader=('lstm', 'gru', 'attention', 'none'), optimizer=('adam', 'adadelta'),
-                schedule=('one_cycle', 'cosine', 'flat'), precision=('auto', 'fp32', 'fp16', 'bf16'))
+                schedule=('one_cycle', 'cosine', 'flat'), study_rule=('', 'max', 'top_k', 'noisy_or', 'learned'), precision=('auto', 'fp32', 'fp16', 'bf16'))
 _limits = dict(min_types=(1, 5), eps=(1e-12, 1), mom=(0, 0.9999), sqr_mom=(0, 0.99999), dropout=(0, 0.99), units=(1, 10_000), layers=(1, 100),
                frozen_epochs=(0, 10_000), lr=(0, 1e38), lr_unfrozen=(0, 1e38), lr_decay=(0, 1), body_lr=(1e-6, 1), clip=(0, 1e6), smoothing=(0, 0.99),
                focal=(0, 100), ema=(0, 0.99999), patience=(0, 10_000), wd=(0, 100), negatives=(0, 1e6), rotate=(0, 180), shift=(0, 1), shear=(0, 1),
-               zoom=(0, 0.9), blur=(0, 1), blur_max=(0, 16), threshold=(0, 1))
+               zoom=(0, 0.9), blur=(0, 1), blur_max=(0, 16), threshold=(0, 1), masks=(0, 1e6), brain_hu=(0, 60), elastic=(0, .2), intensity=(0, 2),
+               clipped=(0, 1), phantoms=(0, 100_000))
 _of_each = dict(sizes=(64, 4096), batch_sizes=(2, 100_000), epochs=(1, 10_000), dense=(1, 10_000))  # BatchNorm compares the slices of a batch, so it wants two
 
 def _is(x, kind): return isinstance(x, (int, float) if kind is float else kind) and (kind is bool or not isinstance(x, bool))
@@ -135,7 +144,7 @@ def _check(r):
         if not ok: raise CliError(f"recipe '{r.name}': {message}")
     for f in fields(r):
         value = getattr(r, f.name)
-        need(_is(value, f.type), f'{f.name} must be {_called[f.type]}, not {value!r}')
+        need(_is(value, f.type) or (f.name, value) == ('pretrained', 'phantom'), f'{f.name} must be {_called[f.type]}, not {value!r}')
         if f.type in (int, float): need(_limits[f.name][0] <= value <= _limits[f.name][1], '{} must be {:g} to {:g}, not {!r}'.format(f.name, *_limits[f.name], value))
     for key, valid in _choices.items(): pick(getattr(r, key), valid, f"{key} in recipe '{r.name}'")
     for label in r.labels: pick(label, LABELS, f"label in recipe '{r.name}'")
@@ -148,6 +157,10 @@ def _check(r):
     for key, (low, high) in _of_each.items(): need(all(_is(v, int) and low <= v <= high for v in getattr(r, key)), f'{key} must be whole numbers from {low} to {high}, not {getattr(r, key)!r}')
     need(r.arch not in ('simple_nn', 'deep_cnn') or len(set(r.sizes)) == 1, f'sizes must be alike for {r.arch}, whose dense layer counts the pixels, not {r.sizes!r}')
     need(r.schedule == 'one_cycle' or r.lr > 0, f"lr must be above 0 for schedule '{r.schedule}', as the LR finder belongs to one-cycle")
+    need(r.pretrained != 'phantom' or r.arch == 'small_resnet' and r.n_channels == 3, "pretrained = 'phantom' is for arch 'small_resnet' and a view of three channels")
+    need(not r.masks or r.arch == 'small_resnet' and r.kind == 'cnn', f"masks are drawn by arch 'small_resnet' alone, not by {r.arch!r}")
+    need(not r.masks or r.labels == LABELS and not r.softmax, 'masks want the six labels, each for itself')
+    need(not r.brain_hu or r.view != 'jpeg', "brain_hu moves HU, which view 'jpeg' has no more")
     few, many, called = dict(sequence=(1, 1, 'one recipe'), two_step=(2, 2, 'two recipes'), ensemble=(2, 1000, 'two recipes or more')).get(r.kind, (0, 0, 'no recipe'))
     need(few <= len(r.parts) <= many and all(_is(p, str) for p in r.parts), f"parts must name {called} for kind '{r.kind}', not {r.parts!r}")
     need(len(set(r.parts)) == len(r.parts), f'parts must name each recipe once, not {r.parts!r}')
@@ -248,7 +261,7 @@ khandelwal_resnet50_progressive = add_recipe(replace(khandelwal_resnet50, name='
 khandelwal_metadata_forest = add_recipe(Recipe('khandelwal_metadata_forest', kind='metadata_forest', labels=('any',), negatives=1.,
     source='Khandelwal et al. 2022, random forest on the metadata: about 50 % accuracy'))
 bright_pixels = add_recipe(Recipe('bright_pixels', kind='bright_pixels', labels=('any',),
-    source="ours: count of pixels 20 HU above the brain's mean, the best single classical feature"))
+    source="ours: count of pixels 14 to 45 HU above the brain's median, off the bone, the best single classical feature"))
 
 # %% ../nbs/02_recipes.ipynb #40690020
 petkov_binary = add_recipe(Recipe(
@@ -376,6 +389,18 @@ winners_gru = add_recipe(Recipe(
     dense=(96,), dropout=0.3, sizes=(256,), batch_sizes=(16,), epochs=(10,), lr=1e-3,
 ))
 
+# %% ../nbs/02_recipes.ipynb #1a30893d
+phantom = add_recipe(Recipe(
+    'phantom', source='ours: the shipped model, which has never seen a patient',
+    phantoms=640,                      # About 19,600 slices, 14,000 of them to learn from
+    view='windows', windows=('brain', 'subdural', 'brain_bone'), brain_hu=33.,  # 33 HU is the phantoms' median
+    arch='small_resnet', head='mean_max', dropout=0.3, masks=1., pretrained=False,
+    sizes=(128,), batch_sizes=(32,), epochs=(15,),
+    lr=2e-3, wd=0.02, clip=2., ema=0.998, precision='fp32',
+    rotate=15., shift=0.06, shear=0.06, zoom=0.12, elastic=2/128, intensity=1., clipped=0.4,
+    tta=True, study_rule='top_k',      # On real heads single slices of the maximum are often wild, which no phantom would tell
+))
+
 # %% ../nbs/02_recipes.ipynb #00c0344e
 demo_resnet18 = add_recipe(Recipe(
     'demo_resnet18', source='ours: a first result in minutes on a CPU',
@@ -437,7 +462,7 @@ def finder(
     return find
 
 # %% ../nbs/02_recipes.ipynb #efb86df9
-_of_any = 'name', 'source', 'kind', 'labels', 'threshold'
+_of_any = 'name', 'source', 'kind', 'labels', 'threshold', 'study_rule'
 _of_training = ('batch_sizes', 'epochs', 'frozen_epochs', 'optimizer', 'schedule', 'lr', 'lr_unfrozen', 'lr_decay', 'wd', 'eps', 'mom', 'sqr_mom', 'precision',
                 'clip', 'smoothing', 'focal', 'ema', 'best_epoch', 'patience')
 _of_slices = 'slices', 'min_types', 'negatives', 'balance'

@@ -23,7 +23,7 @@ from .recipes import Recipe, finder, get_recipe, parts_of, read_recipe, write_re
 from .folds import fold_frames
 from .clean import source_size
 from .data import as_data, make_dls, make_loader, training_slices
-from .study import StudyRule, by_study, choose_rule
+from .study import RULES, StudyRule, by_study, choose_rule, learn_rule
 from .operating import operating_table, table_as_plain
 from .answers import COMBINERS
 from .models import n_features, n_parameters, precision_on, training_cost
@@ -67,7 +67,7 @@ def _answers(data, recipe, predictions):
     if recipe.validation != 'patients': return dict(study_rule=asdict(rule), **least)  # It has learned from slices of those patients
     valid = predictions[predictions['split'] == 'valid']
     truth = data.labels.loc[valid.index]
-    rule = choose_rule(valid, truth)
+    rule = StudyRule(recipe.study_rule) if recipe.study_rule in RULES[:3] else learn_rule(valid, truth) if recipe.study_rule else choose_rule(valid, truth)
     levels = dict(slice=(valid[valid['kept']], truth[valid['kept']]), study=by_study(valid, truth, rule))
     operating = {level: table_as_plain(operating_table(*of_level)) for level, of_level in levels.items()}
     return dict(study_rule=asdict(rule), operating=operating, **least)

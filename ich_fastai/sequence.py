@@ -24,7 +24,8 @@ from fastai.torch_core import TensorMultiCategory
 from .core import progress, sweep, write_whole
 from .recipes import Recipe
 from .series import series_codes
-from .data import Draws, SliceLoader, as_data, make_loader
+from .augment import Draws
+from .data import SliceLoader, as_data, make_loader
 from .models import full_precision
 
 # %% ../nbs/25_sequence.ipynb #08ff4cd2
