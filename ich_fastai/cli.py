@@ -284,7 +284,7 @@ def _finder(scale=1., scratch=False, epochs=0, settings=(), named=()):
         if len(named) > 1 and s.partition('=')[0].strip() not in keys: with_values(get_recipe(named[0]), [s])  # Which says what is wrong with it
     return find
 
-@command('ich-train run khandelwal_resnet18', 'ich-train run my_recipe.toml --resume', "ich-train run demo_resnet18 --set lr=1e-3 --set 'epochs=[2, 1]'")
+@command('ich-train run khandelwal_resnet18', 'ich-train run my_recipe.toml --resume', 'ich-train new_run phantom                               # the shipped model again, phantoms included; hours', "ich-train run demo_resnet18 --set lr=1e-3 --set 'epochs=[2, 1]'")
 def train(
     run:str, # The run folder
     recipe:str, # A recipe's name (`ich-recipes` lists them), or the path of a TOML file
@@ -388,7 +388,7 @@ def _figure(row, name, digits):
 def _study_row(row):
     "A study as a line: number, slices, probability of any bleed, the answer, blood, the types that are called"
     from ich_fastai.core import TYPES
-    called = [label for label in TYPES if row[f'{label}_called'] == 1]
+    called = [label for label in TYPES if row[f'{label}_called'] == 1 and row['any_called'] != 0]  # A type below the threshold of any is in the table alone
     answer = {1: 'yes', 0: 'no'}.get(row['any_called'], '-')
     figures = f"{_figure(row, 'any', 2):>6} {answer:>7} {_figure(row, 'any_ml', 1):>7}"
     return f"{row['study']:>5} {row['slices']:>7} {figures}  {', '.join(called)}".rstrip()
@@ -408,7 +408,7 @@ def _predict_summary(batch, model, point):
     if batch.to.pictures: say(f'slices with blood: {batch.to.pictures}' if batch.to.pictures.is_dir() else 'no slice with blood to show')
     say(f'Research use, not a medical device. The model learned from {model}.')
 
-@command('ich-predict run/models/demo_resnet18/0/bundle scans', 'ich-predict my_bundle studies.zip --out out/predictions.csv --pictures out/slices', "ich-predict my_bundle scans --point 'sensitivity .95'",
+@command('ich-predict phantom scans --pictures pictures', 'ich-predict run/models/demo_resnet18/0/bundle scans', 'ich-predict my_bundle studies.zip --out out/predictions.csv --pictures out/slices', "ich-predict my_bundle scans --point 'sensitivity .95'",
          'ich-predict my_bundle images --window brain             # PNG or JPEG files')
 def predict(
     bundle:str, # `phantom`, the model that comes with the package, or the folder of a bundle, as `ich-train` leaves one in run/models/RECIPE/SEED/bundle
