@@ -330,7 +330,7 @@ def _seeds(text):
 @command('ich-compare run bright_pixels khandelwal_resnet18 khandelwal_resnet50', 'ich-compare run all --scale 0.05 --scratch', 'ich-compare run demo_resnet18 --set lr=1e-3        # added to the board', 'ich-compare run demo_resnet18 demo_alexnet --seeds 0,1,2', 'ich-compare run demo_resnet18 --folds 5')
 def compare(
     run:str, # The run folder
-    *recipes:str, # Names of recipes, or paths of TOML files; `all` is every recipe on the list but the demo's
+    *recipes:str, # Names of recipes, or paths of TOML files; `all` is every recipe on the list but the demo's and the shipped model's
     epochs:int=0, # Epochs in each stage, under names of their own; 0 takes the recipe's
     set:Annotated[str, 'Another value for a field of the recipes that it concerns, under names of their own: lr=1e-3; may be given several times', dict(action='append')]=None,
     scale:float=1., # Of every recipe's pixels, batches and epochs, for less time: 0.25 is a quarter of each
@@ -343,7 +343,7 @@ def compare(
     from ich_fastai.core import Run, first_process
     from ich_fastai.recipes import recipes as known
     if not recipes: raise CliError('name at least one recipe: `ich-compare RUN RECIPE [RECIPE ...]`; `ich-recipes` lists them')
-    if recipes == ('all',): recipes = [name for name in known if not name.startswith('demo_')]
+    if recipes == ('all',): recipes = [name for name in known if not name.startswith(('demo_', 'phantom'))]  # Which learns from masks
     folder, find = Run(run), _finder(scale, scratch, epochs, set or [], recipes)
     recipes = [find(r) for r in recipes]
     numbers = _seeds(seeds)
