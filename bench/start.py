@@ -5,9 +5,8 @@ warnings.filterwarnings('ignore')
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
-from ich_fastai.data import Data, make_loader, prediction_frame, task_slices
+from ich_fastai.data import Data, make_loader
 from ich_fastai.intake import phantom_run
 from ich_fastai.intervals import difference, intervals, of_split
 from ich_fastai.labels import split_patients
@@ -50,8 +49,8 @@ if __name__=='__main__':
         for n in counts:
             (fresh, truth), (begun, _) = (tested(with_few(run, n), replace(base, name=name, pretrained=start)) for name, start in (('random', False), ('shipped', 'phantom')))
             ours, theirs, gain = (frame.loc['any'] for frame in (intervals(begun, truth), intervals(fresh, truth), difference(begun, fresh, truth)))
-            table[n] = dict(random=f'{theirs.estimate:.3f} ({theirs.low:.3f} to {theirs.high:.3f})', shipped=f'{ours.estimate:.3f} ({ours.low:.3f} to {ours.high:.3f})', gain=f'{gain.estimate:+.3f} ({gain.low:+.3f} to {gain.high:+.3f})')
+            table[str(n)] = dict(random=f'{theirs.estimate:.3f} ({theirs.low:.3f} to {theirs.high:.3f})', shipped=f'{ours.estimate:.3f} ({ours.low:.3f} to {ours.high:.3f})', gain=f'{gain.estimate:+.3f} ({gain.low:+.3f} to {gain.high:+.3f})')
             figures |= {f'random_{n}': theirs.estimate, f'shipped_{n}': ours.estimate}
-            print(n, table[n], flush=True)
+            print(n, table[str(n)], flush=True)
     print(*about('start', ('torch',), 'AUROC of any by slice on the test phantoms, 95 % intervals by patient'), markdown(pd.DataFrame(table).T.rename_axis('training patients')), sep='\n\n')
     if args.json: print(json.dumps(figures))
